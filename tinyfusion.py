@@ -1,0 +1,1562 @@
+"""TinyFusion: a diffusion transformer learns which of its layers it can do without.  One file, top to bottom.
+
+The problem.  A diffusion transformer draws an image by running its L residual blocks one after another, hundreds of
+times. Half the blocks would be twice as fast on any hardware. But which half? DiT-XL has C(28, 14) = 40 million
+choices, and the obvious test, "drop what hurts least now", picks badly: the model is fine-tuned after pruning, so what
+counts is how well a choice *recovers*, and the loss right after pruning says little about that (the paper's Table 3).
+
+The method.  Search for the mask m and, at the same time, for the fine-tuning dPhi that would follow it:
+
+        min over m, dPhi of   E_x [ L(x, Phi + dPhi, m) ]         m in {0,1}^L, with the wanted number of ones
+
+    pre-trained teacher            learning (Chapters 3, 4)                pruned               student
+    L blocks                       groups of M, keep N                     L/2 blocks           recovered
+    +---+---+---+---+---+---+      +---+---+ +---+---+ +---+---+
+    | 0 | 1 | 2 | 3 | 4 | 5 |      | .9  .1| | .2  .8| | .6  .4|           +---+---+---+        +---+---+---+
+    +---+---+---+---+---+---+  ->  +---+---+ +---+---+ +---+---+     ->    | 0 | 3 | 4 |   ->   | 0'| 3'| 4'|
+      |                            draw a mask, drop blocks, take the      +---+---+---+        +---+---+---+
+      |                            loss; its gradient moves the odds       original                  ^
+      |                            and a LoRA update of the weights        weights                   |
+      +----------------------- masked knowledge distillation (Chapter 5) ----------------------------+
+
+ 1. Each group of M blocks has a categorical distribution over its C(M,N) ways to keep N. Draws are made differentiable
+    by the straight-through Gumbel-Softmax, so a plain optimiser learns the odds.
+ 2. While the odds are learned, a small shared LoRA update trains along: a mask is judged as if fine-tuning had begun.
+ 3. The likeliest mask is applied to the *original* weights; the LoRA update is thrown away.
+ 4. The shallow student recovers by imitating the teacher's output and, where they are not outliers, its hidden states.
+
+How to run.
+    python tinyfusion.py                      the whole story on drawn digits, some minutes on a laptop, into runs/toy/
+    python tinyfusion.py --data FOLDER        the same on your images, one sub-folder per class
+    python tinyfusion.py --help               every flag
+    python sample.py --ckpt runs/toy/student.pt
+
+Letters in the shape comments.
+    B examples    T tokens    D width of a token    L blocks      K groups of blocks    N of M blocks kept in a group
+    C channels of an image or latent    H, W its height and width    P side of a patch    F width of a feature vector
+
+Chapters.
+    1 The model: DiT           4 Recoverability: LoRA       7 Data                    10 The command line
+    2 Diffusion                5 Recovery: masked KD        8 The training loop
+    3 The layer sampler        6 Measuring                  9 Files and pictures
+The method is in Chapters 3, 4 and 5, some 150 lines of code; the rest feeds it or judges it. Every function takes what
+it needs as arguments, so it can be copied out with one or two others.
+
+Source: Fang, Li, Ma, Wang, "TinyFusion: Diffusion Transformers Learned Shallow", arXiv:2412.01199. Written from the
+paper; MIT licence.
+"""
+
+import argparse
+import copy
+import functools
+import itertools
+import json
+import math
+import os
+import pickle
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import scipy.linalg
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+
+class UserError(Exception):
+    """A mistake of the user's, told in one line: what was wrong, what was expected, what to do. Exit status 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chapter 1. The model: DiT
+#
+# A diffusion transformer (Peebles & Xie, arXiv:2212.09748) cuts the noisy image into patches, makes each one a token,
+# and sends the tokens through L equal residual blocks. The timestep and the class enter every block as a shift, a scale
+# and a gate ("adaLN-Zero"). Every block maps (B, T, D) to (B, T, D) and adds to its input: that is why one can be
+# dropped without touching the others. Names, constructor and initialisation are the official repository's, so that
+# its checkpoints load with strict=True.
+# ---------------------------------------------------------------------------------------------------------------------
+
+def modulate(x, shift, scale):
+    """x * (1 + scale) + shift, with x (B, T, D), shift and scale (B, D), the same for every token."""
+    return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))
+
+
+class TimestepEmbedder(nn.Module):
+    """Timesteps (B,) to vectors (B, D): cosines and sines of 128 frequencies each, then a two-layer MLP."""
+
+    def __init__(self, hidden_size, frequency_embedding_size=256):
+        super().__init__()
+        self.frequency_embedding_size = frequency_embedding_size
+        self.mlp = nn.Sequential(nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(),
+                                 nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, t):
+        half = self.frequency_embedding_size // 2
+        frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
+        angles = t[:, None].float() * frequencies                            # (B, 128)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))      # (B, D), cosines first
+
+
+class LabelEmbedder(nn.Module):
+    """Class labels (B,) to vectors (B, D). One row more than there are classes, the last, means "no class": in training
+    mode a label becomes it with probability `dropout_prob`, which is what makes classifier-free guidance possible."""
+
+    def __init__(self, num_classes, hidden_size, dropout_prob):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
+        self.num_classes = num_classes           # also the null label; the official sampler writes 1000 for any model
+        self.dropout_prob = dropout_prob
+
+    def token_drop(self, labels):
+        """Labels (B,) with a random share of them replaced by the null label."""
+        dropped = torch.rand(labels.shape, device=labels.device) < self.dropout_prob
+        return torch.where(dropped, self.num_classes, labels)
+
+    def forward(self, labels):
+        if self.training and self.dropout_prob > 0:
+            labels = self.token_drop(labels)
+        return self.embedding_table(labels)      # (B, D)
+
+
+class PatchEmbed(nn.Module):
+    """Images (B, C, H, W) to tokens (B, T, D), T = (H / P) * (W / P), row by row."""
+
+    def __init__(self, patch_size, in_channels, hidden_size):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over tokens (B, T, D)."""
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        B, T, D = x.shape
+        qkv = self.qkv(x).reshape(B, T, 3, self.num_heads, D // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                 # three of (B, heads, T, D / heads)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(B, T, D))
+
+
+class Mlp(nn.Module):
+    """The two-layer perceptron of a block, applied to every token of (B, T, D); GELU in its tanh form."""
+
+    def __init__(self, dim, hidden_dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class DiTBlock(nn.Module):
+    """A residual block with adaLN-Zero conditioning: x (B, T, D) and c (B, D) to (B, T, D)."""
+
+    def __init__(self, hidden_size, num_heads, mlp_ratio=4.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x, c):
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = torch.addcmul(x, gate_msa.unsqueeze(1), self.attn(modulate(self.norm1(x), shift_msa, scale_msa)))
+        return torch.addcmul(x, gate_mlp.unsqueeze(1), self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
+
+
+class FinalLayer(nn.Module):
+    """Tokens (B, T, D) to the pixels of their patches (B, T, P * P * out_channels)."""
+
+    def __init__(self, hidden_size, patch_size, out_channels):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+def sincos_pos_embed(dim, grid_size):
+    """Fixed 2-D position table (grid_size ** 2, dim): the first half encodes the column, the second the row, each as
+    sines then cosines of dim / 4 frequencies (MAE's and DiT's layout)."""
+    frequencies = 1 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    angles = torch.arange(grid_size, dtype=torch.float64)[:, None] * frequencies            # (grid, dim / 4)
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)                                   # (grid, dim / 2)
+    columns, rows = line.repeat(grid_size, 1), line.repeat_interleave(grid_size, dim=0)     # token = row * grid + column
+    return torch.cat([columns, rows], dim=1).float()
+
+
+class DiT(nn.Module):
+    """Diffusion transformer. Default arguments are DiT-XL/2 on 32x32 latents of 256x256 images (675,129,632 parameters).
+
+    input_size: height and width of the input; patch_size: side of a patch in its pixels; learn_sigma: the output has a
+    second half of channels for the variance. Raises ValueError where sizes do not divide.
+    Source: facebookresearch/DiT, models.py (names, initialisation and numerics; the text is ours).
+    """
+
+    def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
+                 mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000, learn_sigma=True):
+        super().__init__()
+        if input_size % patch_size:
+            raise ValueError(f"input_size {input_size} is not a multiple of patch_size {patch_size}")
+        if hidden_size % num_heads or hidden_size % 4:
+            raise ValueError(f"hidden_size {hidden_size} must be a multiple of 4 and of num_heads {num_heads}")
+        self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
+        self.hidden_size, self.num_heads, self.mlp_ratio = hidden_size, num_heads, mlp_ratio
+        self.class_dropout_prob, self.num_classes, self.learn_sigma = class_dropout_prob, num_classes, learn_sigma
+        self.out_channels = in_channels * 2 if learn_sigma else in_channels
+
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        self.pos_embed = nn.Parameter(sincos_pos_embed(hidden_size, input_size // patch_size)[None],
+                                      requires_grad=False)                   # (1, T, D)
+        self.blocks = nn.ModuleList([DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self.initialize_weights()
+
+    def initialize_weights(self):
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))      # the patch embedding is a linear layer too
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        for weight in (self.y_embedder.embedding_table.weight, self.t_embedder.mlp[0].weight,
+                       self.t_embedder.mlp[2].weight):
+            nn.init.normal_(weight, std=0.02)
+        # adaLN-Zero: all gates start closed, so every block starts as the identity, and the output starts at zero.
+        zeros = [block.adaLN_modulation[1] for block in self.blocks]
+        for linear in zeros + [self.final_layer.adaLN_modulation[1], self.final_layer.linear]:
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def config(self):
+        """The constructor's arguments as they are now (pruning changes the depth): DiT(**model.config()) is its twin."""
+        names = ("input_size", "patch_size", "in_channels", "hidden_size", "num_heads", "mlp_ratio",
+                 "class_dropout_prob", "num_classes", "learn_sigma")
+        return {name: getattr(self, name) for name in names} | {"depth": len(self.blocks)}
+
+    def unpatchify(self, x):
+        """Patches (B, T, P * P * C) to images (B, C, H, W)."""
+        grid, P = self.input_size // self.patch_size, self.patch_size
+        x = x.reshape(x.shape[0], grid, grid, P, P, self.out_channels)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], self.out_channels, self.input_size, self.input_size)
+
+    def forward(self, x, t, y, mask=None, hidden=None):
+        """Predict the noise (and the variance) in x.
+
+        x (B, C, H, W); t (B,) timesteps, or (1,) where all share one; y (B,) labels, `num_classes` for no class;
+        mask (B, L), 1 for a block that runs and 0 for one that is skipped, or None for all (Chapter 3).
+        Returns (B, out_channels, H, W): noise first, then variance. With `hidden`, a collection of block numbers, it
+        returns that and the list of those blocks' outputs (B, T, D), in the order of depth.
+        """
+        x = self.x_embedder(x) + self.pos_embed                              # (B, T, D)
+        c = self.t_embedder(t) + self.y_embedder(y)                          # (B, D)
+        x, features = masked_forward(self.blocks, x, c, mask=mask, hidden=hidden or ())
+        x = self.unpatchify(self.final_layer(x, c))                          # (B, out_channels, H, W)
+        return x if hidden is None else (x, features)
+
+    def forward_with_cfg(self, x, t, y, cfg_scale, cfg_channels=3):
+        """Classifier-free guidance: move the noise prediction away from the one without a class.
+
+        Official calling convention: x (2B, C, H, W), of which only the first half is read; y (2B,), labels, then null
+        labels. Guidance acts on the first `cfg_channels` channels: 3 as in the official code, with which DiT's
+        published numbers were made; None for all. It never reaches the variance. Both halves of the result (2B, ...)
+        hold the guided noise, and each its own remaining channels.
+        """
+        half = x[:len(x) // 2]
+        out = self.forward(torch.cat([half, half]), t, y)
+        guided = min(cfg_channels or self.in_channels, self.in_channels)
+        cond, uncond = out[:, :guided].chunk(2)
+        eps = uncond + cfg_scale * (cond - uncond)
+        return torch.cat([torch.cat([eps, eps]), out[:, guided:]], dim=1)
+
+
+def _dit(depth, hidden_size, num_heads, patch_size=2):
+    return functools.partial(DiT, depth=depth, hidden_size=hidden_size, num_heads=num_heads, patch_size=patch_size)
+
+
+DiT_models = {                                   # DiT_models["DiT-XL/2"](input_size=32, num_classes=1000)
+    "DiT-XL/2": _dit(28, 1152, 16), "DiT-L/2": _dit(24, 1024, 16), "DiT-B/2": _dit(12, 768, 12),
+    "DiT-S/2": _dit(12, 384, 6),
+    "DiT-D19/2": _dit(19, 1152, 16), "DiT-D14/2": _dit(14, 1152, 16), "DiT-D7/2": _dit(7, 1152, 16),
+    "toy": _dit(12, 64, 4, patch_size=4),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chapter 2. Diffusion
+#
+# Training: mix an image with noise, x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, and have the model predict the
+# noise. Sampling: start from noise and walk t down, each step removing a little of the predicted noise (DDPM,
+# arXiv:2006.11239). The variance of a step is learned too: the model's second half v interpolates, in log space,
+# between the smallest and the largest sensible value (arXiv:2102.09672). All numbers are the official code's.
+# ---------------------------------------------------------------------------------------------------------------------
+
+def mean_flat(x):
+    """Mean over all but the first dimension: (B, ...) to (B,)."""
+    return x.flatten(1).mean(1)
+
+
+def normal_kl(mean1, log_variance1, mean2, log_variance2):
+    """KL(N(mean1, var1) || N(mean2, var2)) in nats, elementwise."""
+    return 0.5 * (log_variance2 - log_variance1 - 1 + torch.exp(log_variance1 - log_variance2)
+                  + (mean1 - mean2) ** 2 * torch.exp(-log_variance2))
+
+
+def discretized_gaussian_log_likelihood(x, mean, log_variance):
+    """log P(x), elementwise, of pixels in [-1, 1] in steps of 2/255: the Gaussian's mass in the pixel's bin, open at the
+    two ends. The tanh form of the normal CDF is the official one; the exact CDF would change its numbers."""
+    def cdf(z):
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z ** 3)))
+    inv_std = torch.exp(-0.5 * log_variance)
+    upper = torch.where(x > 0.999, 1.0, cdf((x - mean + 1 / 255) * inv_std))
+    lower = torch.where(x < -0.999, 0.0, cdf((x - mean - 1 / 255) * inv_std))
+    return torch.log((upper - lower).clamp(min=1e-12))
+
+
+class GaussianDiffusion:
+    """The noising process and everything computed from its schedule. betas (1000,) by default linear, 1e-4 to 2e-2.
+
+    `timestep_map[i]` is the timestep that the model is told at step i: i itself, or, after `respaced`, the step of the
+    full process it stands for. Source: openai/improved-diffusion and facebookresearch/DiT, diffusion/.
+    """
+
+    def __init__(self, betas=None, timestep_map=None):
+        betas = np.linspace(1e-4, 2e-2, 1000) if betas is None else np.asarray(betas, dtype=np.float64)
+        self.num_timesteps = len(betas)
+        self.timestep_map = np.arange(len(betas)) if timestep_map is None else np.asarray(timestep_map)
+        self.abar = np.cumprod(1 - betas)                                    # alpha-bar_t, float64
+        self.abar_prev = np.append(1.0, self.abar[:-1])
+        self.posterior_variance = betas * (1 - self.abar_prev) / (1 - self.abar)
+        # The posterior variance at t = 0 is 0; its logarithm borrows the value of t = 1.
+        posterior_clipped = np.append(self.posterior_variance[1], self.posterior_variance[1:])
+        table = {
+            "sqrt_abar": np.sqrt(self.abar), "sqrt_one_minus_abar": np.sqrt(1 - self.abar),
+            "sqrt_recip_abar": np.sqrt(1 / self.abar), "sqrt_recip_abar_minus_1": np.sqrt(1 / self.abar - 1),
+            "posterior_x0": betas * np.sqrt(self.abar_prev) / (1 - self.abar),
+            "posterior_xt": (1 - self.abar_prev) * np.sqrt(1 - betas) / (1 - self.abar),
+            "log_small": np.log(posterior_clipped), "log_large": np.log(betas),
+            "log_fixed": np.log(np.append(posterior_clipped[0], betas[1:])),
+        }
+        self._table = {name: torch.tensor(values, dtype=torch.float32) for name, values in table.items()}
+
+    def _at(self, name, t, x):
+        """Schedule values at timesteps t (B,), shaped to multiply x (B, ...)."""
+        if self._table[name].device != t.device:
+            self._table[name] = self._table[name].to(t.device)
+        return self._table[name][t].view(-1, *[1] * (x.dim() - 1))
+
+    def sample_t(self, batch_size, device=None):
+        """Training timesteps (B,), uniform."""
+        return torch.randint(self.num_timesteps, (batch_size,), device=device)
+
+    def q_sample(self, x0, t, noise):
+        """The noisy image x_t (B, C, H, W) = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise."""
+        return self._at("sqrt_abar", t, x0) * x0 + self._at("sqrt_one_minus_abar", t, x0) * noise
+
+    def _posterior_mean(self, x0, x_t, t):
+        """Mean of q(x_{t-1} | x_t, x0)."""
+        return self._at("posterior_x0", t, x0) * x0 + self._at("posterior_xt", t, x0) * x_t
+
+    def p_mean_variance(self, model_output, x_t, t, clip_denoised=False):
+        """What the model's output (B, C or 2C, H, W) at x_t (B, C, H, W) says of the step to x_{t-1}: a dict of `mean`,
+        `log_variance`, `variance`, `eps` and `pred_xstart`, each (B, C, H, W). clip_denoised keeps the predicted image
+        in [-1, 1], right for pixels and wrong for latents."""
+        C = x_t.shape[1]
+        eps, v = model_output[:, :C], model_output[:, C:]
+        if v.shape[1] == C:                      # v in [-1, 1]: from the posterior variance up to beta, in log space
+            share = (v + 1) / 2
+            log_variance = share * self._at("log_large", t, x_t) + (1 - share) * self._at("log_small", t, x_t)
+        else:
+            log_variance = self._at("log_fixed", t, x_t).expand_as(x_t)
+        x0 = self._at("sqrt_recip_abar", t, x_t) * x_t - self._at("sqrt_recip_abar_minus_1", t, x_t) * eps
+        if clip_denoised:
+            x0 = x0.clamp(-1, 1)
+        return {"mean": self._posterior_mean(x0, x_t, t), "log_variance": log_variance,
+                "variance": log_variance.exp(), "eps": eps, "pred_xstart": x0}
+
+    def training_losses(self, model, x0, t, y, noise=None):
+        """Per-example losses of `model(x_t, t, y)`: a dict of `mse`, `vb` and `loss` = mse + vb, each (B,).
+
+        mse is the noise's; vb the variational bound in bits per dimension, which trains the variance alone (the noise
+        prediction is detached in it). x0 (B, C, H, W), t (B,), y (B,)."""
+        noise = torch.randn_like(x0) if noise is None else noise
+        x_t = self.q_sample(x0, t, noise)
+        return self.losses(model(x_t, t, y), x0, x_t, t, noise)
+
+    def losses(self, model_output, x0, x_t, t, noise):
+        """`training_losses` for an output that is already there."""
+        C = x0.shape[1]
+        mse = mean_flat((noise - model_output[:, :C]) ** 2)
+        if model_output.shape[1] == C:
+            return {"mse": mse, "vb": torch.zeros_like(mse), "loss": mse}
+        step = self.p_mean_variance(torch.cat([model_output[:, :C].detach(), model_output[:, C:]], 1), x_t, t)
+        kl = normal_kl(self._posterior_mean(x0, x_t, t), self._at("log_small", t, x0),
+                       step["mean"], step["log_variance"])
+        nll = -discretized_gaussian_log_likelihood(x0, step["mean"], step["log_variance"])   # the last step has no KL
+        vb = mean_flat(torch.where(t.view(-1, *[1] * (x0.dim() - 1)) == 0, nll, kl)) / math.log(2)
+        return {"mse": mse, "vb": vb, "loss": mse + vb}
+
+    def distillation_losses(self, student_output, teacher_output, x_t, t):
+        """Per-example distance (B,) of two models' outputs at the same x_t and t: the mean squared error of the predicted
+        noise, plus KL(teacher's step || student's step) in bits per dimension, again for the variance alone."""
+        C = x_t.shape[1]
+        mse = mean_flat((student_output[:, :C] - teacher_output[:, :C]) ** 2)
+        if student_output.shape[1] == C:
+            return mse
+        frozen = torch.cat([student_output[:, :C].detach(), student_output[:, C:]], 1)
+        student, teacher = (self.p_mean_variance(out, x_t, t) for out in (frozen, teacher_output))
+        kl = normal_kl(teacher["mean"], teacher["log_variance"], student["mean"], student["log_variance"])
+        return mse + mean_flat(kl) / math.log(2)
+
+    def respaced(self, steps):
+        """The same process in `steps` evenly spaced timesteps, first and last included. Raises ValueError outside
+        2 ... num_timesteps."""
+        if not 2 <= steps <= self.num_timesteps:
+            raise ValueError(f"{steps} sampling steps: expected 2 to {self.num_timesteps}")
+        stride = (self.num_timesteps - 1) / (steps - 1)
+        # Sums, not multiples, of the stride: so that ties round as they do in the official code.
+        chosen = np.rint(np.cumsum(np.append(0.0, np.full(steps - 1, stride)))).astype(int)
+        abar = self.abar[chosen]
+        return GaussianDiffusion(1 - abar / np.append(1.0, abar[:-1]), self.timestep_map[chosen])
+
+    @torch.inference_mode()
+    def sample(self, model, y, draw, steps=250, guidance=1.0, eta=1.0, clip_denoised=False, cfg_channels=3,
+               on_step=None):
+        """Images (B, C, H, W) of the classes y (B,), drawn by `model` (in eval mode).
+
+        draw() returns fresh standard normal noise (B, C, H, W) on y's device at every call (`noise_source` in Chapter
+        9 gives every image its own stream). eta: 1 is DDPM with the model's variance, 0 is DDIM, deterministic after
+        the first draw, and between them is DDIM's sigma (arXiv:2010.02502, equation 16). guidance 1 asks the model
+        once a step, anything else twice, in one batch. on_step(i) is called after each step.
+        """
+        process = self.respaced(steps)
+        x = draw()
+        null = torch.full_like(y, model.num_classes) if guidance != 1 else None
+        for i in reversed(range(steps)):
+            index = torch.full((1,), i, device=y.device)
+            t = torch.full((1,), int(process.timestep_map[i]), device=y.device)     # one t for all: embedded once
+            if guidance == 1:
+                out = model(x, t, y)
+            else:
+                both = torch.cat([x, x]), t, torch.cat([y, null])
+                out = model.forward_with_cfg(*both, guidance, cfg_channels)[:len(x)]
+            p = process.p_mean_variance(out, x, index, clip_denoised)
+            # One step for DDPM and DDIM: x_{t-1} = sqrt(abar') x0 + sqrt(1 - abar' - sigma^2) eps + sigma z, with
+            # sigma = eta * the posterior's. At eta = 1 the first two terms are the posterior mean, and z gets the
+            # learned variance.
+            abar, abar_prev = process.abar[i], process.abar_prev[i]
+            sigma = eta * math.sqrt(process.posterior_variance[i])
+            eps = (x - math.sqrt(abar) * p["pred_xstart"]) / math.sqrt(1 - abar)    # differs from out's when clipped
+            x = math.sqrt(abar_prev) * p["pred_xstart"] + math.sqrt(max(1 - abar_prev - sigma ** 2, 0)) * eps
+            if eta > 0 and i > 0:
+                x = x + (torch.exp(0.5 * p["log_variance"]) if eta == 1 else sigma) * draw()
+            if on_step:
+                on_step(i)
+        return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chapter 3. The layer sampler
+#
+# A mask says for every block whether it runs. Searching all C(28, 14) masks of DiT-XL is hopeless, so the blocks are cut
+# into K local groups of M consecutive ones, and each group keeps N of its own: p(m) = p(m_1) ... p(m_K), each a
+# categorical distribution over the C(M, N) candidates of its group. A draw is a discrete thing with no gradient; the
+# Gumbel-Softmax (arXiv:1611.01144) draws it as the arg max of logits + Gumbel noise, and lets the gradient pass as if
+# the arg max had been a softmax of temperature tau. So one backward pass tells every logit, of candidates drawn or not,
+# whether the loss would have liked it more often.
+# ---------------------------------------------------------------------------------------------------------------------
+
+def masked_forward(blocks, x, *args, mask=None, hidden=()):
+    """Run residual blocks one after another, each example through the blocks its mask keeps:
+
+        x <- m * block(x) + (1 - m) * x            so that dL/dm = <dL/dx_out, block(x) - x>
+
+    A dropped block is computed all the same while the mask is learned: how the loss would change if it were there is
+    exactly what its logit has to hear.
+
+    blocks: any sequence of modules that map (B, ...) to (B, ...) and get `*args` as well; mask (B, L) of zeros and ones,
+    or None to run all. Returns x and the list of outputs of the blocks whose numbers are in `hidden`, in depth order.
+    Raises ValueError if mask is not (B, L). Source: paper, section 3.2.
+    """
+    if mask is not None and mask.shape != (len(x), len(blocks)):
+        raise ValueError(f"mask is {tuple(mask.shape)}, expected (examples, blocks) = {(len(x), len(blocks))}")
+    features = []
+    for i, block in enumerate(blocks):
+        out = block(x, *args)
+        if mask is None:
+            x = out
+        else:
+            m = mask[:, i].view(-1, *[1] * (x.dim() - 1))                    # (B, 1, 1)
+            x = m * out + (1 - m) * x
+        if i in hidden:
+            features.append(x)
+    return x, features
+
+
+def nm_masks(n, m):
+    """All ways to keep n of m blocks: a 0/1 matrix (C(m, n), m), `m_hat` of the paper's equation 5. Raises ValueError
+    unless 1 <= n <= m, or where the candidates are too many to learn."""
+    if not 1 <= n <= m:
+        raise ValueError(f"{n}:{m} is no group: expected N:M with 1 <= N <= M, to keep N of every M blocks")
+    if math.comb(m, n) > 100_000:
+        raise ValueError(f"{n}:{m} has {math.comb(m, n):,} candidates, more than can be learned: use smaller groups")
+    kept = torch.tensor(list(itertools.combinations(range(m), n)))           # (C(m, n), n)
+    return torch.zeros(len(kept), m).scatter_(1, kept, 1.0)
+
+
+def parse_groups(pattern, depth):
+    """"1:2" (repeated to fill the depth) or "2:4,3:4,..." (one after another) to groups [(N, M), ...].
+
+    Raises ValueError, with the reason, where the pattern is no pattern or does not fit `depth` blocks."""
+    try:
+        groups = [tuple(int(number) for number in part.split(":")) for part in pattern.split(",")]
+        for n, m in groups:
+            nm_masks(n, m)
+    except (ValueError, TypeError) as error:
+        reason = str(error) if "expected" in str(error) or "candidates" in str(error) else "that is not a list of N:M"
+        raise ValueError(f"groups {pattern!r}: {reason}; write 1:2, or one N:M per group as in 2:4,3:4") from None
+    total = sum(m for _, m in groups)
+    if len(groups) == 1 and depth % total == 0:
+        return groups * (depth // total)
+    if total != depth:
+        covers = f"groups of {total} do not divide" if len(groups) == 1 else f"its groups cover {total} blocks of"
+        raise ValueError(f"groups {pattern!r}: {covers} a depth of {depth}; the Ms must add up to the depth")
+    return groups
+
+
+class LayerSampler(nn.Module):
+    """A learnable distribution over layer masks, one categorical distribution per N:M group.
+
+    groups: [(N, M), ...] from the first block to the last, e.g. [(1, 2)] * 14. All candidates start equally likely. The
+    logits are small numbers, multiplied by `scale` before the softmax: so that AdamW, whose steps have the size of the
+    learning rate, can move the odds quickly. Source: paper, section 3.2 and equations 4 to 6.
+    """
+
+    def __init__(self, groups):
+        super().__init__()
+        self.groups = [tuple(group) for group in groups]
+        self.candidates = [nm_masks(n, m) for n, m in self.groups]           # K matrices (C(M, N), M)
+        # The official code starts all logits at 0.02. A softmax does not see a constant, so this is the same start.
+        self.logits = nn.ParameterList([nn.Parameter(torch.zeros(len(c))) for c in self.candidates])
+
+    def forward(self, batch_size, tau=1.0, scale=100.0):
+        """One independent mask per example: (B, L), exactly 0 or 1, exactly N ones per group, with the gradient of the
+        softmax at temperature `tau`."""
+        parts = []
+        for logits, candidates in zip(self.logits, self.candidates):
+            soft = F.gumbel_softmax((logits * scale).expand(batch_size, -1), tau=tau)       # (B, C(M, N))
+            hard = F.one_hot(soft.argmax(1), len(logits)).to(soft.dtype)                    # y of equation 6
+            # Straight through: the value of `hard`, the gradient of `soft`. The brackets matter: soft - soft is exactly
+            # 0, while (hard + soft) - soft, the order of F.gumbel_softmax(hard=True), is an ulp away from 0 and 1.
+            y = hard + (soft - soft.detach())
+            parts.append(y @ candidates.to(y.device))                                       # (B, M)
+        return torch.cat(parts, dim=1)
+
+    def _probabilities(self, scale):
+        return [torch.softmax(logits.detach() * scale, dim=0) for logits in self.logits]    # K of (C(M, N),)
+
+    def keep_probability(self, scale=100.0):
+        """The chance (L,) of every block to be kept."""
+        return torch.cat([p @ c.to(p.device) for p, c in zip(self._probabilities(scale), self.candidates)])
+
+    def confidence(self, scale=100.0):
+        """The probability (K,) of each group's likeliest candidate: near 1 when the decision is made."""
+        return torch.stack([p.max() for p in self._probabilities(scale)])
+
+    def kept(self):
+        """The blocks to keep, ascending: those of each group's likeliest candidate."""
+        mask = torch.cat([c[logits.argmax().item()] for logits, c in zip(self.logits, self.candidates)])
+        return mask.nonzero().flatten().tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chapter 4. Recoverability: learning the mask as if fine-tuning had begun
+#
+# The loss of a masked, untouched model says how much dropping those blocks hurts now. We want the loss after the
+# fine-tuning to come: min over m of min over dPhi. So both are trained by the same gradient steps, the logits of the
+# mask and a weight update dPhi shared by all masks. dPhi is low-rank (LoRA, arXiv:2106.09685): about 0.9 % of DiT-XL's
+# parameters, cheap, and too weak to simply train the model away from its start. After learning it is thrown away.
+# ---------------------------------------------------------------------------------------------------------------------
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer with a trainable low-rank update: y = W x + b + (alpha / rank) B A x.
+
+    B starts at zero, so the layer starts as the one it wraps. lora_A (rank, in), lora_B (out, rank)."""
+
+    def __init__(self, base, rank=8, alpha=16.0):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.scaling = alpha / rank
+        self.lora_A = nn.Parameter(base.weight.new_empty(rank, base.in_features))
+        self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x):
+        return self.base(x) + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scaling
+
+
+def add_lora(model, rank=8, alpha=16.0):
+    """Freeze `model`, wrap every nn.Linear in it with a LoRALinear, in place, and return the new parameters, the only
+    trainable ones. Raises ValueError for a rank below 1."""
+    if rank < 1:
+        raise ValueError(f"LoRA rank {rank}: expected 1 or more")
+    model.requires_grad_(False)
+    added = []
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Linear:
+                wrapped = LoRALinear(child, rank, alpha)
+                setattr(module, name, wrapped)
+                added += [wrapped.lora_A, wrapped.lora_B]
+    return added
+
+
+def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=16.0, lr=1e-4, logits_lr=1e-3,
+                 tau=(4.0, 0.1), scale=100.0, on_step=None):
+    """Learn which blocks to keep: optimise the logits of a LayerSampler together with a weight update.
+
+    loss_fn(model, sample_mask) draws a batch, calls `mask = sample_mask(batch_size)` for its masks (B, L), and returns
+    the masked model's loss, a scalar. `update` is "lora", "full" (all weights train) or "frozen" (none do): the rows of
+    the paper's Table 4. tau falls linearly from tau[0] to tau[1]: early draws let every candidate learn, late ones are
+    judged nearly as they will be used. Defaults are the paper's for DiT-XL.
+    Works on a copy: `model` and its weights are left as they were. Returns the sampler and its history, a list of
+    (step, keep_probability). on_step as in `train`. Raises ValueError for an unknown update.
+    Source: paper, equation 8 and section 3.3.
+    """
+    if update not in ("lora", "full", "frozen"):
+        raise ValueError(f"update {update!r}: expected lora, full or frozen")
+    model = copy.deepcopy(model).train()
+    if update == "lora":
+        add_lora(model, rank, alpha)
+    elif update == "frozen":
+        model.requires_grad_(False)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    device = next(model.parameters()).device
+    sampler = LayerSampler(groups).to(device)
+    history, every = [(0, sampler.keep_probability(scale).tolist())], max(1, steps // 200)
+
+    def loss(step):
+        now = tau[0] + (tau[1] - tau[0]) * step / max(1, steps - 1)
+        return loss_fn(model, lambda batch_size: sampler(batch_size, now, scale)), {"tau": now}
+
+    def after(step, metrics):
+        if (step + 1) % every == 0 or step + 1 == steps:
+            history.append((step + 1, sampler.keep_probability(scale).tolist()))
+        if on_step:
+            on_step(step, metrics | {"confidence": sampler.confidence(scale).mean()})
+
+    parameters = [{"params": list(sampler.parameters()), "lr": logits_lr}] + \
+        ([{"params": weights, "lr": lr}] if weights else [])
+    train(model, loss, steps, params=parameters, final_lr_ratio=1.0, on_step=after)
+    return sampler, history
+
+
+def prune(model, kept):
+    """A shallower copy of `model`: only the blocks numbered in `kept`, everything else the same, weights untouched.
+
+    Works on any module with a ModuleList `blocks`. Raises ValueError unless `kept` is ascending and within the depth."""
+    kept, depth = [int(i) for i in kept], len(model.blocks)
+    if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= depth:
+        raise ValueError(f"kept blocks {kept}: expected different numbers from 0 to {depth - 1}, ascending")
+    shell = copy.copy(model)                     # shares everything; only its table of submodules becomes its own,
+    shell._modules = dict(model._modules)        # so that dropped blocks are never copied
+    shell.blocks = nn.ModuleList([model.blocks[i] for i in kept])
+    return copy.deepcopy(shell)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chapter 5. Recovery: masked knowledge distillation
+#
+# The pruned model is fine-tuned with the original as its teacher. Both see the same noisy image, timestep and label;
+# the student imitates the teacher's output and its hidden states. The latter needs care: a few numbers in a diffusion
+# transformer's hidden states are enormous ("massive activations", arXiv:2402.17762), they dominate a squared error, and
+# training on them diverges (the paper's Table 5). So positions more than k standard deviations off, in either model, are
+# left out of the loss.
+#
+#        loss = 0.9 * KD + 0.1 * denoising + beta * features,      beta falling linearly to 0
+# ---------------------------------------------------------------------------------------------------------------------
+
+def masked_feature_loss(student, teacher, k=2.0):
+    """Mean squared error of hidden states (B, T, D) over the positions where neither is an outlier, a scalar.
+
+    A position is an outlier where |h - mean(h)| > k * std(h), mean and std over tokens and channels of one example.
+    What is left out has no influence, through its gradient either. k = inf leaves nothing out: plain feature KD.
+    Source: paper, section 3.4."""
+    def inlier(h):
+        h = h.detach().float()
+        deviation = (h - h.mean((1, 2), keepdim=True)).abs()
+        return ~(deviation > k * h.std((1, 2), keepdim=True))                # not <=: inf * 0 is no number
+    both = inlier(student) & inlier(teacher)                                 # (B, T, D)
+    difference = torch.where(both, student - teacher.detach(), 0)            # where, not *: an outlier may be inf
+    return difference.square().sum() / both.sum().clamp(min=1)
+
+
+def match_blocks(groups, kept):
+    """Pairs (student block, teacher block) for feature KD: the last kept block of every group, as numbered in the student,
+    with the last block of that group. For 1:2 that is (i, 2i + 1). Raises ValueError where a group keeps no block."""
+    pairs, start = [], 0
+    for _, m in groups:
+        inside = [i for i, block in enumerate(kept) if start <= block < start + m]
+        if not inside:
+            raise ValueError(f"no block of the group {start}..{start + m - 1} is kept in {list(kept)}")
+        pairs.append((inside[-1], start + m - 1))
+        start += m
+    return pairs
+
+
+KD_MODES = ("masked", "feature", "logits", "none")
+
+
+def recovery_loss(student, teacher, diffusion, x0, y, pairs, kd="masked", beta=1e-2, k=2.0):
+    """One batch's fine-tuning loss and its parts: (scalar, dict). x0 (B, C, H, W), y (B,), pairs from `match_blocks`.
+
+    kd: "masked", the paper's; "feature", without the mask; "logits", the outputs alone; "none", plain fine-tuning. Labels
+    are dropped here, once, so that both models are asked the same question: the student's own dropping must be off
+    (student.y_embedder.eval()). Source: paper, section 3.4."""
+    t, noise = diffusion.sample_t(len(x0), x0.device), torch.randn_like(x0)
+    x_t, y = diffusion.q_sample(x0, t, noise), student.y_embedder.token_drop(y)
+    use_features = kd in ("masked", "feature")
+    ours, theirs = zip(*pairs) if use_features else ((), ())
+    out, features = student(x_t, t, y, hidden=ours)
+    denoising = diffusion.losses(out, x0, x_t, t, noise)["loss"].mean()
+    if kd == "none":
+        return denoising, {"denoising": denoising}
+    with torch.no_grad():
+        target, target_features = teacher(x_t, t, y, hidden=theirs)
+    distill = diffusion.distillation_losses(out, target, x_t, t).mean()
+    loss, parts = 0.9 * distill + 0.1 * denoising, {"denoising": denoising, "kd": distill}
+    if use_features:
+        k = k if kd == "masked" else math.inf
+        parts["features"] = torch.stack([masked_feature_loss(s, h, k) for s, h in zip(features, target_features)]).mean()
+        loss = loss + beta * parts["features"]
+    return loss, parts
+
+
+def recover(student, teacher, diffusion, batches, pairs, steps, *, kd="masked", beta=1e-2, k=2.0, lr=2e-4,
+            final_lr_ratio=0.5, warmup=0, ema_decay=0.9999, on_step=None):
+    """Fine-tune a pruned `student`, in place, with its `teacher`; returns the EMA of its weights as a model.
+
+    batches: an iterator of (x0, y). beta falls linearly from its value to 0 over the steps. `kd` as in `recovery_loss`.
+    Defaults are the paper's for DiT-XL (lr 2e-4, cosine to 1e-4). Raises ValueError for an unknown kd."""
+    if kd not in KD_MODES:
+        raise ValueError(f"kd {kd!r}: expected one of {', '.join(KD_MODES)}")
+    teacher.eval()
+    student.train()
+    student.y_embedder.eval()                    # recovery_loss drops labels, for both models at once
+
+    def loss(step):
+        now = beta * (1 - step / max(1, steps - 1))
+        return recovery_loss(student, teacher, diffusion, *next(batches), pairs, kd, now, k)
+
+    return train(student, loss, steps, lr=lr, final_lr_ratio=final_lr_ratio, warmup=warmup, ema_decay=ema_decay,
+                 on_step=on_step)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chapter 6. Measuring
+#
+# The Frechet distance compares two sets of images through the mean and covariance of their features under some network:
+# |mu1 - mu2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)). FID takes the features of an Inception network trained on ImageNet. On toy
+# data we take those of a small classifier trained on the spot and say so: *toy-FID*. It ranks models of one data set; it
+# cannot be compared with any published FID.
+# ---------------------------------------------------------------------------------------------------------------------
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """Frechet distance of N(mu1, sigma1) and N(mu2, sigma2); mu (F,), sigma (F, F), symmetric. A float, at least 0.
+
+    sqrt(S1 S2) has the trace of the symmetric sqrt(R S2 R), R = sqrt(S1), whose eigenvalues are real and, but for
+    rounding, positive: so singular covariances (fewer samples than features) are no special case. Raises ValueError for
+    shapes that do not fit or values that are not finite. Source: arXiv:1706.08500, equation 6."""
+    mu1, sigma1, mu2, sigma2 = (np.asarray(a, dtype=np.float64) for a in (mu1, sigma1, mu2, sigma2))
+    if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape or sigma1.shape != mu1.shape * 2:
+        raise ValueError(f"Frechet distance of means {mu1.shape}, {mu2.shape} and covariances {sigma1.shape}, "
+                         f"{sigma2.shape}: expected (F,) and (F, F)")
+    if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
+        raise ValueError("Frechet distance of statistics that are not finite")
+    values, vectors = scipy.linalg.eigh(sigma1)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    cross = root @ sigma2 @ root
+    trace_of_root = np.sqrt(scipy.linalg.eigvalsh((cross + cross.T) / 2).clip(0)).sum()
+    distance = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace_of_root
+    return max(float(distance), 0.0)
+
+
+class FeatureStatistics:
+    """Mean and covariance of features that pass by in batches; holds (F,) and (F, F), never the features."""
+
+    def __init__(self):
+        self.count, self.mean, self._scatter = 0, 0.0, 0.0
+
+    def update(self, features):
+        """Add features (B, F). Batches are merged by Chan's formula, in float64, which stays exact far from zero."""
+        features = np.asarray(features, dtype=np.float64)
+        n, mean = len(features), features.mean(0)
+        centred, delta, total = features - mean, mean - self.mean, self.count + n
+        self._scatter = self._scatter + centred.T @ centred + np.outer(delta, delta) * (self.count * n / total)
+        self.mean, self.count = self.mean + delta * (n / total), total
+        return self
+
+    @property
+    def covariance(self):
+        """The unbiased covariance (F, F), as np.cov gives it."""
+        return self._scatter / max(1, self.count - 1)
+
+
+def inception_score(probabilities):
+    """exp of the mean KL(p(class | image) || p(class)), from class probabilities (N, classes): 1 where all images look
+    alike, at most the number of classes. Source: arXiv:1606.03498."""
+    p = torch.as_tensor(probabilities, dtype=torch.float64)
+    return float(torch.exp(torch.special.entr(p.mean(0)).sum() - torch.special.entr(p).sum(1).mean()))
+
+
+def precision_recall(real, fake, k=3):
+    """Improved precision and recall of features real (N, F) and fake (M, F): the share of fakes inside the manifold of the
+    real ones, and the other way round; two floats. A set's manifold is the union of balls around its points, each
+    reaching to the k-th nearest other one. Raises ValueError for k points or fewer. Source: arXiv:1904.06991."""
+    if min(len(real), len(fake)) <= k:
+        raise ValueError(f"precision and recall with k = {k} need more than {k} real and fake examples")
+
+    def distances(a, b):                         # exact differences: the matrix-product form loses near duplicates
+        return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+
+    def share_inside(points, queries):
+        radii = torch.cat([distances(part, points).kthvalue(k + 1, dim=1).values for part in points.split(1024)])
+        return torch.cat([(distances(part, points) <= radii).any(1) for part in queries.split(1024)]).double().mean().item()
+
+    real, fake = torch.as_tensor(real).float(), torch.as_tensor(fake).float()
+    return share_inside(real, fake), share_inside(fake, real)
+
+
+class Classifier(nn.Module):
+    """The judge of toy runs: images (B, C, H, W) in [-1, 1] to class logits, by way of 64 features."""
+
+    def __init__(self, in_channels, image_size, num_classes, features=64):
+        super().__init__()
+        side = math.ceil(image_size / 4)
+        self.body = nn.Sequential(
+            nn.Conv2d(in_channels, 32, 3, stride=2, padding=1), nn.ReLU(),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(min(side, 8)), nn.Flatten(), nn.Linear(64 * min(side, 8) ** 2, features), nn.ReLU())
+        self.head = nn.Linear(features, num_classes)
+
+    def features(self, x):
+        return self.body(x)                      # (B, 64)
+
+    def forward(self, x):
+        return self.head(self.features(x))       # (B, classes)
+
+
+def train_classifier(data, device, steps=400, batch_size=64, on_step=None):
+    """Train the judge on nine tenths of `data` (an ImageSet); returns it and its accuracy on the rest. Its seed is fixed,
+    whatever the run's: models are to be measured with one measure."""
+    torch.manual_seed(0)
+    held_out = torch.randperm(len(data.labels)) % 10 == 0
+    judge = Classifier(data.images.shape[1], data.images.shape[2], len(data.classes)).to(device)
+    batches = image_batches(data.images[~held_out], data.labels[~held_out], batch_size, seed=0, device=device)
+
+    def loss(step):
+        x, y = next(batches)
+        return F.cross_entropy(judge(x), y), {}
+
+    train(judge, loss, steps, lr=1e-3, on_step=on_step)
+    with torch.no_grad():
+        found = judge(to_float(data.images[held_out]).to(device)).argmax(1).cpu()
+    return judge.eval(), (found == data.labels[held_out]).double().mean().item()
+
+
+def measure(models, data, judge, diffusion, samples, sampling, seed=0, batch_size=100, on_step=None):
+    """Draw `samples` images with each of `models`, a dict of names and models, from the same noise and labels, and compare
+    them with all of `data`. The models take turns batch by batch, so that a busy machine slows all of them alike;
+    images/s is the median batch's. Returns {name: row}, a row being a dict of plain numbers."""
+    device = next(judge.parameters()).device
+
+    @torch.no_grad()
+    def look(images):
+        features = judge.features(to_float(images).to(device))
+        return features.cpu(), judge.head(features).softmax(1).cpu()
+
+    real, real_features = FeatureStatistics(), []
+    for images in data.images.split(1024):
+        real_features.append(look(images)[0])
+        real.update(real_features[-1])
+    shape, labels = data.images.shape[1:], torch.arange(samples) % len(data.classes)
+    seen = {name: {"stats": FeatureStatistics(), "features": [], "p": [], "seconds": []} for name in models}
+    batches = list(torch.arange(samples).split(batch_size))
+    for name, model in models.items():           # warm up before the clock runs
+        sample_images(model, diffusion, labels[:batch_size], range(batch_size), shape, seed, sampling | {"steps": 2})
+    for number, (index, (name, model)) in enumerate(itertools.product(batches, models.items())):
+        start = time.perf_counter()
+        images = sample_images(model, diffusion, labels[index].to(device), index.tolist(), shape, seed, sampling)
+        seen[name]["seconds"].append((time.perf_counter() - start) / len(index))
+        features, p = look(images)
+        seen[name]["stats"].update(features)
+        seen[name]["features"].append(features)
+        seen[name]["p"].append(p)
+        if on_step:
+            on_step(number, {})
+    rows = {}
+    for name, s in seen.items():
+        p = torch.cat(s["p"])
+        # Both manifolds from as many points: a denser set has smaller balls, which would favour the other.
+        n = min(len(data.labels), samples, 10_000)
+        spread = torch.linspace(0, len(data.labels) - 1, n).long()
+        precision, recall = precision_recall(torch.cat(real_features)[spread], torch.cat(s["features"])[:n])
+        rows[name] = {
+            "depth": len(models[name].blocks), "parameters": sum(w.numel() for w in models[name].parameters()),
+            "toy_fid": frechet_distance(real.mean, real.covariance, s["stats"].mean, s["stats"].covariance),
+            "toy_is": inception_score(p), "accuracy": (p.argmax(1) == labels).double().mean().item(),
+            "precision": precision, "recall": recall, "images_per_second": 1 / float(np.median(s["seconds"]))}
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chapter 7. Data
+#
+# Images are uint8 tensors (N, C, H, W) until a batch is made; the models see them in [-1, 1].
+# ---------------------------------------------------------------------------------------------------------------------
+
+class ImageSet:
+    """images (N, C, H, W) uint8, labels (N,) int64, and the names of the classes, label by label."""
+
+    def __init__(self, images, labels, classes):
+        self.images, self.labels, self.classes = images, labels, classes
+
+
+def to_float(images):
+    """uint8 to [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(x):
+    """[-1, 1] to uint8, rounded."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def toy_digits(n=5000, size=16, seed=0):
+    """n grey images of the digits 0 to 9 in Pillow's own font, 80 to 95 % of the height, a little off centre. Raises
+    UserError where Pillow was built without FreeType and so has no scalable font."""
+    rng, S = np.random.default_rng(seed), 4 * size           # drawn four times as large, then averaged: smooth edges
+    fonts = [ImageFont.load_default(em) for em in np.linspace(0.8, 0.95, 7) * S / 0.71]     # a digit is 0.71 em high
+    if not isinstance(fonts[0], ImageFont.FreeTypeFont):
+        raise UserError("this Pillow has no scalable font (no FreeType in it); install it from PyPI: pip install pillow")
+    images = np.zeros((n, 1, size, size), np.uint8)
+    for i in range(n):
+        canvas, font, digit = Image.new("L", (S, S)), fonts[rng.integers(len(fonts))], str(i % 10)
+        left, top, right, bottom = font.getbbox(digit)
+        dx, dy = rng.uniform(-0.06, 0.06) * S, rng.uniform(-0.025, 0.025) * S
+        ImageDraw.Draw(canvas).text(((S - left - right) / 2 + dx, (S - top - bottom) / 2 + dy), digit, fill=255, font=font)
+        images[i, 0] = canvas.resize((size, size), Image.Resampling.BOX)
+    return ImageSet(torch.from_numpy(images), torch.arange(n) % 10, [str(digit) for digit in range(10)])
+
+
+def center_crop(image, size):
+    """A square of side `size` from the middle of a PIL image, as ADM does it: halve by box filter while the short side is
+    at least twice the target, then bicubic to the target, then crop. Source: openai/guided-diffusion."""
+    while min(image.size) >= 2 * size:
+        image = image.resize(tuple(side // 2 for side in image.size), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize(tuple(round(side * scale) for side in image.size), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def image_folder(folder, size, at_least=1):
+    """An ImageSet of a folder with one sub-folder per class, sorted by name: grey if every image is grey, else RGB.
+
+    A file that is no whole image is named on stderr, counted and skipped. Raises UserError where there is no class folder,
+    a class has no image, or there are fewer than `at_least` images."""
+    root = Path(folder)
+    if not root.is_dir():
+        raise UserError(f"--data {folder}: no such folder; expected one with a sub-folder of images per class")
+    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise UserError(f"--data {folder}: no class folders in it; expected one sub-folder of images per class")
+    images, labels, broken = [], [], 0
+    for label, name in enumerate(classes):
+        for path in sorted(p for p in (root / name).rglob("*") if p.is_file() and not p.name.startswith(".")):
+            try:
+                images.append(read_image(path, size))
+                labels.append(label)
+            except Exception as error:           # Pillow's decoders raise all kinds of errors on broken files
+                broken += 1
+                print(f"skipped {path}: {str(error) or type(error).__name__}", file=sys.stderr)
+        if label not in labels[-1:]:
+            raise UserError(f"--data {folder}: no readable image in class folder {name!r}; add some or remove the folder")
+    if broken:
+        print(f"skipped {broken} broken files of {broken + len(images)}", file=sys.stderr)
+    if len(images) < at_least:
+        raise UserError(f"--data {folder}: {len(images)} images, too few; expected at least {at_least}")
+    channels = 1 if all(image.ndim == 2 for image in images) else 3
+    pixels = np.empty((len(images), channels, size, size), np.uint8)
+    for i, image in enumerate(images):
+        pixels[i] = image if image.ndim == 2 else image.transpose(2, 0, 1)
+    return ImageSet(torch.from_numpy(pixels), torch.tensor(labels), classes)
+
+
+def read_image(path, size):
+    """One image file as a uint8 array, (size, size) if it is grey, else (size, size, 3)."""
+    with Image.open(path) as image:
+        if image.mode.startswith("I;16"):        # 16 bits a pixel: Pillow's own conversion would clip, not scale
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return np.asarray(center_crop(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"), size))
+
+
+def image_batches(images, labels, batch_size, seed, device="cpu", start=0):
+    """Endless batches (x, y), x (B, C, H, W) in [-1, 1], in a new order every epoch. The batch of a step depends on the
+    seed and the step alone, so a run can go on from any step `start`."""
+    per_epoch = max(1, len(images) // batch_size)
+    for epoch in itertools.count(start // per_epoch):
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
+        for i in range(start % per_epoch, per_epoch):
+            index = order[i * batch_size:(i + 1) * batch_size]
+            yield to_float(images[index]).to(device), labels[index].to(device)
+        start = 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chapter 8. The training loop
+#
+# One loop serves the teacher, the layers, the student and the judge.
+# ---------------------------------------------------------------------------------------------------------------------
+
+class NonFiniteLoss(Exception):
+    """Training met a loss or gradient that is not finite. `model` holds the weights from before that step (their EMA, if
+    one is kept), `step` its number."""
+
+    def __init__(self, step, loss, gradient_norm, model):
+        super().__init__(f"at step {step} the loss is {loss} and the norm of its gradient {gradient_norm}")
+        self.step, self.model = step, model
+
+
+def train(model, loss_fn, steps, *, params=None, lr=1e-4, final_lr_ratio=1.0, warmup=0, betas=(0.9, 0.999), clip=1.0,
+          ema_decay=None, on_step=None):
+    """Take `steps` steps of AdamW (no weight decay, gradients clipped to norm `clip`) on `model`, in place.
+
+    loss_fn(step) returns the loss, a scalar, and a dict of more numbers to report. params: parameters or groups of them
+    with rates of their own, by default all that require gradients. The rate rises linearly over `warmup` steps and falls
+    along a cosine to `final_lr_ratio` times itself (1: constant). on_step(step, metrics) hears of every step. Returns
+    the exponential moving average of the model if ema_decay is given, else the model. Raises NonFiniteLoss before a
+    step that would spoil the weights."""
+    params = list(params or [p for p in model.parameters() if p.requires_grad])
+    optimizer = torch.optim.AdamW(params, lr=lr, betas=betas, weight_decay=0, fused=True)
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def rate(step):
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+        return min(1, (step + 1) / (warmup + 1)) * (final_lr_ratio + (1 - final_lr_ratio) * cosine)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)) if ema_decay else None
+    result = ema.module if ema else model
+    for step in range(steps):
+        loss, metrics = loss_fn(step)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(weights, clip)
+        if not math.isfinite(loss.item() + norm.item()):
+            raise NonFiniteLoss(step, loss.item(), norm.item(), result)
+        optimizer.step()
+        if on_step:
+            on_step(step, {"loss": loss.item(), "grad_norm": norm, "lr": schedule.get_last_lr()[-1]} | metrics)
+        schedule.step()
+        if ema:
+            ema.update_parameters(model)
+    return result
+
+
+def progress(label, steps, log_file=None, stream=sys.stderr):
+    """An on_step that shows "label step/steps, loss, speed, time left" and appends lines of JSON to `log_file`, 100 times
+    over the run. Numbers are those of the step, the loss the mean since the last report."""
+    start, losses, every = time.perf_counter(), [], max(1, steps // 100)
+    live = stream.isatty()
+
+    def on_step(step, metrics):
+        if "loss" in metrics:
+            losses.append(metrics["loss"])
+        done = step + 1
+        if done % every and done != steps:
+            return
+        speed = done / (time.perf_counter() - start)
+        loss = f"  loss {sum(losses) / len(losses):.4f}" if losses else ""
+        line = f"{label:8} {done}/{steps}{loss}  {speed:.1f} steps/s  {(steps - done) / speed:.0f} s left"
+        if live or done == steps or done // every % 10 == 0:
+            print(f"\r{line:<79}" if live else line, end="" if live and done < steps else "\n", file=stream, flush=True)
+        if log_file:
+            numbers = {name: torch.as_tensor(value).item() for name, value in metrics.items()} | {"loss": sum(losses) / len(losses)}
+            with open(log_file, "a") as file:
+                file.write(json.dumps({"stage": label, "step": done, **numbers, "steps_per_s": speed}) + "\n")
+        losses.clear()
+    return on_step
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chapter 9. Files, sampling with seeds, and pictures
+#
+# Every file is written under another name and then renamed, so that a whole file or none is there, whenever the program
+# is stopped. Files are loaded as data, never as code.
+# ---------------------------------------------------------------------------------------------------------------------
+
+def write_file(path, write):
+    """Call write(file) on a new binary file and put it at `path` only when it is complete and on the disk."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)               # mkstemp's are readable by their owner alone
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def save_checkpoint(path, model, **more):
+    """A checkpoint with all that is needed to sample from it: `ema` (the weights, under official names), `config` (the
+    arguments of DiT) and whatever plain data is in `more`."""
+    content = {"ema": model.state_dict(), "config": model.config(), **more}
+    write_file(path, lambda file: torch.save(content, file))
+
+
+def load_checkpoint(path, device="cpu"):
+    """The model of a checkpoint written by `save_checkpoint`, in eval mode on `device`, and the checkpoint itself, a dict.
+
+    Raises UserError, in one line, for a file that is missing, torn, foreign, or a pickle that would run code; nothing
+    in a file is ever run (torch.load with weights_only=True)."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"checkpoint {path}: {error.strerror or error}") from None
+    except pickle.UnpicklingError as error:
+        torn = "Unsupported" not in str(error)
+        raise UserError(f"checkpoint {path}: " + ("not a PyTorch file, or only a part of one" if torn else
+                        "refused, it holds Python objects besides weights, which could run code; nothing was run")) from None
+    except Exception as error:                   # torn archives end in RuntimeError, EOFError, ValueError and others
+        raise UserError(f"checkpoint {path}: not a PyTorch file, or only a part of one "
+                        f"({type(error).__name__})") from None
+    if not isinstance(checkpoint, dict) or not {"ema", "config", "sampling", "classes"} <= checkpoint.keys():
+        raise UserError(f"checkpoint {path}: not one of this program's; expected the entries ema, config, sampling, classes")
+    try:
+        model = DiT(**checkpoint["config"])
+        model.load_state_dict(checkpoint["ema"], strict=True)
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"checkpoint {path}: its weights and its config disagree: {reason[:300]}") from None
+    return model.to(device).eval(), checkpoint
+
+
+def noise_source(indices, shape, seed, device="cpu"):
+    """A function that returns fresh standard normal noise (B, *shape) at every call. Image `i` of a `seed` has a random
+    stream of its own, so it is the same image whatever the batch it is drawn in, on any device."""
+    streams = [np.random.Generator(np.random.Philox(key=[seed, i])) for i in indices]
+
+    def draw():
+        noise = np.stack([stream.standard_normal(tuple(shape), dtype=np.float32) for stream in streams])
+        return torch.from_numpy(noise).to(device, non_blocking=True)
+    return draw
+
+
+def sample_images(model, diffusion, labels, indices, shape, seed, sampling, on_step=None):
+    """uint8 images (B, C, H, W), on the CPU, of `labels` (B,), from the noise of images `indices` of `seed`. `sampling` is
+    a dict of arguments of GaussianDiffusion.sample: steps, guidance, eta, clip_denoised."""
+    draw = noise_source(indices[:len(labels)], shape, seed, labels.device)
+    return to_uint8(diffusion.sample(model, labels, draw, on_step=on_step, **sampling)).cpu()
+
+
+def image_grid(images, columns, cell=48):
+    """A PIL image of uint8 images (N, C, H, W), row by row, each magnified by a whole factor to about `cell` pixels."""
+    N, C, H, W = images.shape
+    factor, rows = max(1, cell // H), -(-N // columns)
+    pixels = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3).permute(0, 2, 3, 1).numpy()
+    h, w = H * factor + 2, W * factor + 2
+    grid = np.full((rows * h, columns * w, C), 255, np.uint8)
+    for i, image in enumerate(pixels):
+        y, x = i // columns * h + 1, i % columns * w + 1
+        grid[y:y + h - 2, x:x + w - 2] = image
+    return Image.fromarray(grid.squeeze(-1) if C == 1 else grid).convert("RGB")
+
+
+def write_png(path, image):
+    """A PIL image as a PNG file, whole or not at all."""
+    write_file(path, lambda file: image.save(file, format="PNG"))
+
+
+def text(draw, xy, words, anchor="la", size=14, fill=(40, 40, 40)):
+    """Words on a drawing, in Pillow's own font."""
+    draw.text(xy, words, fill=fill, font=ImageFont.load_default(size), anchor=anchor)
+
+
+def draw_samples(path, rows, labels):
+    """samples.png. rows: (title, uint8 images (n, C, H, W)) pairs; labels: the names of the n columns."""
+    grids = [image_grid(images, len(labels)) for _, images in rows]
+    width, height = grids[0].size
+    left, top = 190, 30
+    sheet = Image.new("RGB", (left + width + 10, top + len(rows) * (height + 8)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, name in enumerate(labels):
+        text(draw, (left + (i + 0.5) * width / len(labels), top - 6), name[:7], anchor="ms")
+    for i, ((title, _), grid) in enumerate(zip(rows, grids)):
+        y = top + i * (height + 8)
+        sheet.paste(grid, (left, y))
+        text(draw, (left - 10, y + height / 2), title, anchor="rm")
+    write_png(path, sheet)
+
+
+def draw_decisions(path, history, groups, kept):
+    """decisions.png: the chance of every block to be kept (dark: kept) over the steps of learning. history: a list of
+    (step, chances (L,)), from `learn_layers`."""
+    steps, chances = [step for step, _ in history], np.array([chance for _, chance in history]).T    # (L, points)
+    L, cell, width, left, top = len(chances), 26, 600, 70, 62
+    def colour(p):
+        return tuple(int(a + (b - a) * p) for a, b in zip((244, 246, 250), (18, 62, 130)))
+    sheet = Image.new("RGB", (left + width + 170, top + L * cell + 62), "white")
+    draw = ImageDraw.Draw(sheet)
+    text(draw, (left, 14), "Chance of every block to be kept while the mask is learned", size=18)
+    text(draw, (left - 10, top - 8), "block", anchor="rs")
+    column = [int(x * (len(steps) - 1) / (width - 1) + 0.5) for x in range(width)]
+    for block in range(L):
+        y = top + block * cell
+        for x in range(width):
+            draw.line((left + x, y + 1, left + x, y + cell - 2), fill=colour(chances[block, column[x]]))
+        text(draw, (left - 10, y + cell / 2), str(block), anchor="rm")
+        text(draw, (left + width + 10, y + cell / 2), "kept" if block in kept else "dropped", anchor="lm",
+             fill=(18, 62, 130) if block in kept else (150, 150, 150))
+    for edge in itertools.accumulate([m for _, m in groups], initial=0):                            # groups apart
+        draw.line((left - 34, top + edge * cell, left + width + 66, top + edge * cell), fill=(120, 120, 120))
+    for part in range(5):
+        x = left + part * (width - 1) / 4
+        draw.line((x, top + L * cell, x, top + L * cell + 6), fill=(40, 40, 40))
+        text(draw, (x, top + L * cell + 22), f"{steps[-1] * part / 4:.0f}", anchor="ms")
+    text(draw, (left + width / 2, top + L * cell + 46), "step of learning", anchor="ms")
+    bar, bottom = left + width + 100, top + L * cell
+    for y in range(top, bottom):
+        draw.line((bar, y, bar + 16, y), fill=colour(1 - (y - top) / (bottom - top)))
+    for value in (0, 0.5, 1):
+        text(draw, (bar + 24, bottom - value * (bottom - top)), f"{value:g}", anchor="lm")
+    write_png(path, sheet)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chapter 10. The command line
+#
+# Four stages, each with one result in the output folder. A result carries the settings it was made with: found again
+# with the same ones it is reused; with others, the run stops before it does anything.
+# ---------------------------------------------------------------------------------------------------------------------
+
+RESULTS = {"teacher": "teacher.pt", "learn": "layers.json", "recover": "student.pt", "measure": "results.json"}
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: a number of type `kind` from low to high."""
+    def parse(word):
+        try:
+            value = kind(word)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or value == math.inf:
+            limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{word!r}: expected a {'whole ' * (kind is int)}number {limits}")
+        return value
+    return parse
+
+
+def stage_list(word):
+    """An argparse type: some of the stages, in their order."""
+    asked = word.split(",")
+    if not set(asked) <= RESULTS.keys():
+        raise argparse.ArgumentTypeError(f"{word!r}: expected some of {','.join(RESULTS)}")
+    return [stage for stage in RESULTS if stage in asked]
+
+
+COUNT, RATE = number(int, 1), number(float, 1e-12)
+# Flag and placeholder; type, or the words allowed; default, a pair where the toy's differs from the paper's setting for
+# DiT-XL; the first stage whose result depends on it; help.
+FLAGS = [
+    ("--model NAME", tuple(DiT_models), "toy", "teacher", f"one of {', '.join(DiT_models)}"),
+    ("--data DIR", str, None, "teacher", "folder of images, one sub-folder per class; without it, drawn digits"),
+    ("--image-size N", number(int, 4), 16, "teacher", "side to which images are scaled and cropped, in pixels"),
+    ("--batch-size N", COUNT, (64, 256), "teacher", "images per step"),
+    ("--seed N", number(int, 0, 2 ** 31), 0, "teacher", "seed of everything random"),
+    ("--ema X", number(float, 0, 0.999999), (0.99, 0.9999), "teacher", "decay of the average of the weights"),
+    ("--teacher-steps N", COUNT, (1500, 400_000), "teacher", "training steps (batches, not epochs) of the teacher"),
+    ("--teacher-lr X", RATE, (6e-3, 1e-4), "teacher", "the teacher's learning rate"),
+    ("--groups N:M", str, "1:2", "learn", "keep N of every M blocks; or one N:M per group, as in 2:4,3:4,2:4"),
+    ("--learn-steps N", COUNT, (300, 10_000), "learn", "steps of learning which blocks to keep"),
+    ("--logits-lr X", RATE, (1e-2, 1e-3), "learn", "learning rate of the mask's logits"),
+    ("--update HOW", ("lora", "full", "frozen"), "lora", "learn", "weight update that trains along: lora, full, frozen"),
+    ("--rank N", COUNT, 8, "learn", "rank of the LoRA update; its alpha is twice that"),
+    ("--learn-lr X", RATE, (1e-3, 1e-4), "learn", "learning rate of the weight update"),
+    ("--recover-steps N", COUNT, (300, 100_000), "recover", "fine-tuning steps of the student"),
+    ("--recover-lr X", RATE, (2e-3, 2e-4), "recover", "the student's learning rate"),
+    ("--kd HOW", KD_MODES, "masked", "recover", f"what the student learns from: {', '.join(KD_MODES)}"),
+    ("--samples N", number(int, 10), (500, 50_000), "measure", "images drawn from each model to measure it"),
+    ("--sample-steps N", number(int, 2, 1000), (50, 250), "measure", "sampling steps per image"),
+    ("--guidance X", number(float, 0), 1.5, "measure", "classifier-free guidance scale; 1 is without"),
+    ("--eta X", number(float, 0, 1), 1.0, "measure", "1 samples by DDPM, 0 by DDIM"),
+    ("--stages LIST", stage_list, ",".join(RESULTS), None, "what to run; a stage left out must have its result in --out"),
+    ("--out DIR", str, None, None, "folder of the results: runs/toy, or runs/NAME for --data NAME"),
+    ("--device NAME", str, None, None, "cpu, cuda, cuda:1 ...; without it, the first GPU if there is one"),
+]
+
+
+def parse_args(argv=None):
+    """Flags to a namespace, checked, with the model's defaults filled in."""
+    parser = Parser(prog="tinyfusion.py", formatter_class=argparse.RawDescriptionHelpFormatter, description=(
+        "Train a diffusion transformer, learn which of its layers to keep, prune it, recover it and measure it.\n"
+        "With no flag: drawn digits, on a laptop, into runs/toy. Of a default a / b, a is that of --model toy, and\n"
+        "b, the paper's setting for DiT-XL, that of every other model."))
+    for flag, kind, default, _, words in FLAGS:
+        flag, placeholder = flag.split()
+        shown = " / ".join(f"{d:g}" for d in default) if isinstance(default, tuple) else default
+        parser.add_argument(flag, metavar=placeholder, default=default, help=words + (f" ({shown})" if shown is not None else ""),
+                            **({"choices": kind} if isinstance(kind, tuple) else {"type": kind}))
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if isinstance(value, tuple):
+            setattr(args, name, value[args.model != "toy"])
+    build = DiT_models[args.model].keywords
+    if args.image_size % build["patch_size"]:
+        parser.error(f"argument --image-size: {args.image_size} is no multiple of {args.model}'s patch, {build['patch_size']}")
+    try:
+        parse_groups(args.groups, build["depth"])
+    except ValueError as error:
+        parser.error(f"argument --groups: {error}")
+    args.out = args.out or f"runs/{Path(args.data).resolve().name if args.data else 'toy'}"
+    return args
+
+
+def pick_device(name):
+    """A torch.device that is there: the named one, else the first GPU, else the CPU. Raises UserError."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        raise UserError(f"--device {name}: not on this machine; there is {', '.join(there)}") from None
+    return device
+
+
+def open_folder(path):
+    """The output folder, made if need be. Raises UserError where nothing can be written in it."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot be written ({error.strerror}); choose another folder") from None
+    return path
+
+
+class Run:
+    """What the stages share: the flags, the data, the device, the process and the folder."""
+
+    def __init__(self, args):
+        self.args, self.device, self.out = args, pick_device(args.device), open_folder(args.out)
+        self.data = image_folder(args.data, args.image_size, at_least=max(20, args.batch_size)) if args.data else \
+            toy_digits(size=args.image_size)
+        args.data = f"{Path(args.data).resolve() if args.data else 'drawn digits'}, {len(self.data.labels)} images"
+        self.groups = parse_groups(args.groups, DiT_models[args.model].keywords["depth"])
+        self.diffusion = GaussianDiffusion()
+        self.sampling = {"steps": args.sample_steps, "guidance": args.guidance, "eta": args.eta, "clip_denoised": True}
+
+    def path(self, stage):
+        return self.out / RESULTS[stage]
+
+    def settings(self, stage):
+        """The settings a stage's result depends on: its own and those of all stages before it."""
+        before = list(RESULTS)[:list(RESULTS).index(stage) + 1]
+        names = [flag.split()[0] for flag, _, _, first, _ in FLAGS if first in before]
+        return {name: str(getattr(self.args, name[2:].replace("-", "_"))) for name in names}
+
+    def finished(self, stage):
+        """Whether the stage's result is there. Raises UserError, with the difference, if it was made with other settings."""
+        path = self.path(stage)
+        if not path.exists():
+            return False
+        try:
+            made = (load_checkpoint(path)[1] if path.suffix == ".pt" else json.loads(path.read_text()))["settings"]
+            different = [f"{flag} {made[flag]} (now {value})" for flag, value in self.settings(stage).items()
+                         if made[flag] != value]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} is not a result of this program; remove it or choose another --out") from None
+        if different:
+            raise UserError(f"{path} was made with {', '.join(different)}: give it the same flags, remove it, or choose "
+                            "another --out")
+        return True
+
+    def batches(self, seed):
+        return image_batches(self.data.images, self.data.labels, self.args.batch_size, seed, self.device)
+
+    def report(self, stage, steps):
+        """The on_step of a stage. A stage that runs anew takes its old lines out of log.jsonl."""
+        log = self.out / "log.jsonl"
+        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+        write_file(log, lambda file: file.write("".join(x for x in lines if f'"{stage}"' not in x).encode()))
+        return progress(stage, steps, log)
+
+    def save_trained(self, stage, fit, **more):
+        """Save the model that fit() trains as the stage's result. Where its loss is not finite, save the weights from before
+        that as STAGE-stopped.pt and raise UserError."""
+        more |= {"settings": self.settings(stage), "sampling": self.sampling, "classes": self.data.classes}
+        try:
+            save_checkpoint(self.path(stage), fit(), **more)
+        except NonFiniteLoss as stop:
+            rescued = self.out / f"{stage}-stopped.pt"
+            save_checkpoint(rescued, stop.model, **more)
+            raise UserError(f"{stage} stopped: {stop}; the weights before it are in {rescued}; lower --{stage}-lr") from None
+
+
+def stage_teacher(run):
+    """Train the teacher from scratch."""
+    args = run.args
+    torch.manual_seed(args.seed)
+    model = DiT_models[args.model](input_size=args.image_size, in_channels=run.data.images.shape[1],
+                                   num_classes=len(run.data.classes)).to(run.device)
+    # The official start, std 0.02, makes labels a whisper beside the timestep: classes are learned far later.
+    nn.init.normal_(model.y_embedder.embedding_table.weight, std=1.0)
+    batches = run.batches(args.seed)
+
+    def loss(step):
+        x0, y = next(batches)
+        terms = run.diffusion.training_losses(model, x0, run.diffusion.sample_t(len(x0), run.device), y)
+        return terms["loss"].mean(), {"mse": terms["mse"].mean(), "vb": terms["vb"].mean()}
+
+    run.save_trained("teacher", lambda: train(
+        model, loss, args.teacher_steps, lr=args.teacher_lr, final_lr_ratio=0.0, warmup=min(100, args.teacher_steps // 10),
+        ema_decay=args.ema, on_step=run.report("teacher", args.teacher_steps)))
+
+
+def stage_learn(run):
+    """Learn which blocks of the teacher to keep."""
+    args, teacher = run.args, load_checkpoint(run.path("teacher"), run.device)[0]
+    torch.manual_seed(args.seed + 1)
+    batches = run.batches(args.seed + 1)
+
+    def masked_loss(model, sample_mask):
+        x0, y = next(batches)
+        masked = functools.partial(model, mask=sample_mask(len(x0)))
+        return run.diffusion.training_losses(masked, x0, run.diffusion.sample_t(len(x0), run.device), y)["loss"].mean()
+
+    try:
+        sampler, history = learn_layers(
+            teacher, masked_loss, run.groups, args.learn_steps, update=args.update, rank=args.rank, alpha=2 * args.rank,
+            lr=args.learn_lr, logits_lr=args.logits_lr, on_step=run.report("learn", args.learn_steps))
+    except NonFiniteLoss as stop:
+        raise UserError(f"learn stopped: {stop}; {run.path('teacher')} is as it was; lower --learn-lr") from None
+    kept, confidence = sampler.kept(), sampler.confidence().tolist()
+    draw_decisions(run.out / "decisions.png", history, run.groups, kept)
+    result = {"kept": kept, "confidence": confidence, "history": history, "settings": run.settings("learn")}
+    write_file(run.path("learn"), lambda file: file.write(json.dumps(result).encode()))
+    print(f"kept blocks {kept} of {len(teacher.blocks)}; confidence of each group", *(f"{c:.2f}" for c in confidence))
+
+
+def stage_recover(run):
+    """Prune the teacher and fine-tune the student with its help."""
+    args, teacher = run.args, load_checkpoint(run.path("teacher"), run.device)[0]
+    kept = json.loads(run.path("learn").read_text())["kept"]
+    torch.manual_seed(args.seed + 2)
+    run.save_trained("recover", lambda: recover(
+        prune(teacher, kept), teacher, run.diffusion, run.batches(args.seed + 2), match_blocks(run.groups, kept),
+        args.recover_steps, kd=args.kd, lr=args.recover_lr, warmup=min(100, args.recover_steps // 10), ema_decay=args.ema,
+        on_step=run.report("recover", args.recover_steps)), kept=kept, groups=run.groups)
+
+
+def stage_measure(run):
+    """Compare teacher, pruned model and student: results.json and samples.png."""
+    args, teacher = run.args, load_checkpoint(run.path("teacher"), run.device)[0]
+    student, checkpoint = load_checkpoint(run.path("recover"), run.device)
+    models = {"teacher": teacher, "pruned": prune(teacher, checkpoint["kept"]), "student": student}
+    judge, judge_accuracy = train_classifier(run.data, run.device, on_step=progress("judge", 400))
+    rows = measure(models, run.data, judge, run.diffusion, args.samples, run.sampling, args.seed,
+                   on_step=progress("measure", -(-args.samples // 100) * len(models)))
+    labels = torch.arange(20) % len(run.data.classes)
+    real = torch.stack([run.data.images[run.data.labels == y][i // len(run.data.classes)] for i, y in enumerate(labels)])
+    pictures = [("real images", real)]
+    for title, model in models.items():
+        images = sample_images(model, run.diffusion, labels.to(run.device), range(20), real.shape[1:], args.seed, run.sampling)
+        pictures.append((f"{title}, {len(model.blocks)} blocks", images))
+    draw_samples(run.out / "samples.png", pictures, [run.data.classes[y] for y in labels])
+    result = {"rows": rows, "judge_accuracy": judge_accuracy, "settings": run.settings("measure")}
+    write_file(run.path("measure"), lambda file: file.write(json.dumps(result, indent=1).encode()))
+
+
+def print_table(results):
+    """Print the content of results.json as a table, with the conditions of its figures."""
+    settings, rows = results["settings"], results["rows"]
+    print(f"\n{'':8}{'depth':>6}{'parameters':>12}{'toy-FID':>9}{'class acc.':>12}{'precision':>11}{'recall':>8}"
+          f"{'images/s':>10}{'speed-up':>10}")
+    for name, row in rows.items():
+        print(f"{name:8}{row['depth']:6}{row['parameters']:12,}{row['toy_fid']:9.2f}{row['accuracy']:12.1%}"
+              f"{row['precision']:11.3f}{row['recall']:8.3f}{row['images_per_second']:10.1f}"
+              f"{row['images_per_second'] / rows['teacher']['images_per_second']:9.2f}x")
+    print(f"\n{settings['--samples']} samples a model, {settings['--sample-steps']} steps, eta {settings['--eta']}, guidance "
+          f"{settings['--guidance']}, seed {settings['--seed']}. All but speed by the features of a small classifier trained on\n"
+          f"this data ({results['judge_accuracy']:.1%} right on held-out images): toy-FID cannot be compared with published FIDs.")
+
+
+def run_stages(args):
+    """Run or reuse the stages asked for, in order."""
+    start, run = time.perf_counter(), Run(args)
+    stages = {"teacher": stage_teacher, "learn": stage_learn, "recover": stage_recover, "measure": stage_measure}
+    needed = list(stages)[:list(stages).index(args.stages[-1]) + 1]
+    finished = {stage: run.finished(stage) for stage in needed}              # all are looked at before any work is done
+    for stage in needed:
+        if not finished[stage] and stage not in args.stages:
+            raise UserError(f"{run.path(stage)} is not there, and --stages leaves {stage} out; add it to --stages")
+    print(f"{args.data}, {tuple(run.data.images.shape[1:])}, {len(run.data.classes)} classes; {args.model} on {run.device}")
+    for stage in args.stages:
+        if finished[stage]:
+            print(f"{stage}: {run.path(stage)} is there, made with these settings, and is reused")
+        else:
+            stages[stage](run)
+    if "measure" in args.stages:
+        print_table(json.loads(run.path("measure").read_text()))
+    print(f"\n{time.perf_counter() - start:.0f} s; results in {run.out}/")
+
+
+def guarded(prog, body):
+    """Run body(); tell a user's mistake, a full disk or Ctrl-C in one line. Returns the exit status: 0, 2 or 130."""
+    try:
+        body()
+        return 0
+    except (UserError, OSError) as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{prog}: stopped; the files that are there are whole", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    sys.exit(guarded("tinyfusion.py", lambda: run_stages(arguments)))
