@@ -54,6 +54,7 @@ import json
 import math
 import os
 import pickle
+import re
 import sys
 import tempfile
 import time
@@ -530,13 +531,11 @@ def parse_groups(pattern, depth):
     """"1:2" (repeated to fill the depth) or "2:4,3:4,..." (one after another) to groups [(N, M), ...].
 
     Raises ValueError, with the reason, where the pattern is no pattern or does not fit `depth` blocks."""
-    try:
-        groups = [tuple(int(number) for number in part.split(":")) for part in pattern.split(",")]
-        for n, m in groups:
-            nm_masks(n, m)
-    except (ValueError, TypeError) as error:
-        reason = str(error) if "expected" in str(error) or "candidates" in str(error) else "that is not a list of N:M"
-        raise ValueError(f"groups {pattern!r}: {reason}; write 1:2, or one N:M per group as in 2:4,3:4") from None
+    if not re.fullmatch(r"\d+:\d+(,\d+:\d+)*", pattern):
+        raise ValueError(f"groups {pattern!r}: not a list of N:M; write 1:2, or one N:M per group as in 2:4,3:4")
+    groups = [tuple(int(number) for number in part.split(":")) for part in pattern.split(",")]
+    for n, m in groups:
+        nm_masks(n, m)                           # refuses what is no group
     total = sum(m for _, m in groups)
     if len(groups) == 1 and depth % total == 0:
         return groups * (depth // total)
@@ -795,10 +794,14 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
                          f"{sigma2.shape}: expected (F,) and (F, F)")
     if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
         raise ValueError("Frechet distance of statistics that are not finite")
+
+    def roots(values):                           # of eigenvalues; those that are rounding errors of a zero count as zero
+        return np.sqrt(np.where(values > len(values) * np.finfo(float).eps * values.max(), values, 0))
+
     values, vectors = scipy.linalg.eigh(sigma1)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    root = (vectors * roots(values)) @ vectors.T
     cross = root @ sigma2 @ root
-    trace_of_root = np.sqrt(scipy.linalg.eigvalsh((cross + cross.T) / 2).clip(0)).sum()
+    trace_of_root = roots(scipy.linalg.eigvalsh((cross + cross.T) / 2)).sum()
     distance = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace_of_root
     return max(float(distance), 0.0)
 
@@ -1086,11 +1089,11 @@ def train(model, loss_fn, steps, *, params=None, lr=1e-4, final_lr_ratio=1.0, wa
     return result
 
 
-def progress(label, steps, log_file=None, stream=sys.stderr):
+def progress(label, steps, log_file=None):
     """An on_step that shows "label step/steps, loss, speed, time left" and appends lines of JSON to `log_file`, 100 times
     over the run. Numbers are those of the step, the loss the mean since the last report."""
     start, losses, every = time.perf_counter(), [], max(1, steps // 100)
-    live = stream.isatty()
+    live = sys.stderr.isatty()
 
     def on_step(step, metrics):
         if "loss" in metrics:
@@ -1102,7 +1105,8 @@ def progress(label, steps, log_file=None, stream=sys.stderr):
         loss = f"  loss {sum(losses) / len(losses):.4f}" if losses else ""
         line = f"{label:8} {done}/{steps}{loss}  {speed:.1f} steps/s  {(steps - done) / speed:.0f} s left"
         if live or done == steps or done // every % 10 == 0:
-            print(f"\r{line:<79}" if live else line, end="" if live and done < steps else "\n", file=stream, flush=True)
+            end = "" if live and done < steps else "\n"
+            print(f"\r{line:<79}" if live else line, end=end, file=sys.stderr, flush=True)
         if log_file:
             numbers = {name: torch.as_tensor(value).item() for name, value in metrics.items()} | {"loss": sum(losses) / len(losses)}
             with open(log_file, "a") as file:
@@ -1118,10 +1122,21 @@ def progress(label, steps, log_file=None, stream=sys.stderr):
 # is stopped. Files are loaded as data, never as code.
 # ---------------------------------------------------------------------------------------------------------------------
 
+def open_folder(path):
+    """The folder `path`, made if need be. Raises UserError where nothing can be written in it."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise UserError(f"folder {path}: cannot be written ({error.strerror}); choose another") from None
+    return path
+
+
 def write_file(path, write):
     """Call write(file) on a new binary file and put it at `path` only when it is complete and on the disk."""
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=open_folder(path.parent), prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)
@@ -1151,9 +1166,9 @@ def load_checkpoint(path, device="cpu"):
     except OSError as error:
         raise UserError(f"checkpoint {path}: {error.strerror or error}") from None
     except pickle.UnpicklingError as error:
-        torn = "Unsupported" not in str(error)
-        raise UserError(f"checkpoint {path}: " + ("not a PyTorch file, or only a part of one" if torn else
-                        "refused, it holds Python objects besides weights, which could run code; nothing was run")) from None
+        code = "GLOBAL" in str(error)            # the pickle names a class or function
+        raise UserError(f"checkpoint {path}: " + ("refused, it holds Python objects besides weights, which could run code; "
+                        "nothing was run" if code else "not a PyTorch file, or only a part of one")) from None
     except Exception as error:                   # torn archives end in RuntimeError, EOFError, ValueError and others
         raise UserError(f"checkpoint {path}: not a PyTorch file, or only a part of one "
                         f"({type(error).__name__})") from None
@@ -1366,17 +1381,6 @@ def pick_device(name):
     return device
 
 
-def open_folder(path):
-    """The output folder, made if need be. Raises UserError where nothing can be written in it."""
-    path = Path(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise UserError(f"--out {path}: cannot be written ({error.strerror}); choose another folder") from None
-    return path
-
-
 class Run:
     """What the stages share: the flags, the data, the device, the process and the folder."""
 
@@ -1557,6 +1561,11 @@ def guarded(prog, body):
         return 130
 
 
+def main(argv=None):
+    """The program; returns its exit status."""
+    args = parse_args(argv)
+    return guarded("tinyfusion.py", lambda: run_stages(args))
+
+
 if __name__ == "__main__":
-    arguments = parse_args()
-    sys.exit(guarded("tinyfusion.py", lambda: run_stages(arguments)))
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""Draw images from a checkpoint of tinyfusion.py.
+
+    python sample.py --ckpt runs/toy/student.pt                          ten images of every class, as sample.png
+    python sample.py --ckpt runs/toy/student.pt --labels 3,1,4 --num-images 30 --seed 7 --out pi.png
+    python sample.py --ckpt runs/toy/student.pt --num-images 50000 --npz samples.npz      an ADM batch, for any FID program
+
+Image i of a seed is the same image whatever the batch size, on any device, but for the last bits of matrix products.
+How the checkpoint's own samples were drawn (steps, guidance, eta) is stored in it, and is the default here.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tinyfusion import (GaussianDiffusion, Parser, UserError, guarded, image_grid, load_checkpoint, number,
+                        open_folder, pick_device, progress, sample_images, write_file, write_png)
+
+
+def parse_args(argv=None):
+    """The flags as a namespace."""
+    parser = Parser(prog="sample.py", description="Draw images from a checkpoint of tinyfusion.py.")
+    parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint, e.g. runs/toy/student.pt")
+    parser.add_argument("--labels", metavar="LIST", help="class numbers, as in 3,1,4, repeated over the images (all in turn)")
+    parser.add_argument("--num-images", type=number(int, 1), metavar="N", help="how many images (10 per label)")
+    parser.add_argument("--guidance", type=number(float, 0), metavar="X", help="guidance scale; 1 is without (the checkpoint's)")
+    parser.add_argument("--steps", type=number(int, 2, 1000), metavar="N", help="sampling steps (the checkpoint's)")
+    parser.add_argument("--eta", type=number(float, 0, 1), metavar="X", help="1 is DDPM, 0 is DDIM (the checkpoint's)")
+    parser.add_argument("--seed", type=number(int, 0, 2 ** 31), default=0, metavar="N", help="seed of the noise (0)")
+    parser.add_argument("--batch-size", type=number(int, 1), default=100, metavar="N", help="images drawn at once (100)")
+    parser.add_argument("--out", default="sample.png", metavar="FILE", help="the grid of images (sample.png)")
+    parser.add_argument("--npz", metavar="FILE", help="write an ADM batch instead: arr_0, uint8, (N, H, W, 3)")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (the first GPU if there is one)")
+    return parser.parse_args(argv)
+
+
+def parse_labels(words, num_classes):
+    """"3,1,4" to [3, 1, 4]; None to all classes. Raises UserError for what is not a class."""
+    if words is None:
+        return list(range(num_classes))
+    labels = [int(word) if word.strip().isdigit() else -1 for word in words.split(",")]
+    if not all(0 <= label < num_classes for label in labels):
+        raise UserError(f"--labels {words}: expected class numbers from 0 to {num_classes - 1}, as in 0,1")
+    return labels
+
+
+def run(args):
+    """Draw the images and write them."""
+    device = pick_device(args.device)
+    open_folder(Path(args.npz or args.out).parent)           # before the work, not after it
+    model, checkpoint = load_checkpoint(args.ckpt, device)
+    chosen = parse_labels(args.labels, model.num_classes)
+    N = args.num_images or 10 * len(chosen)
+    labels = torch.tensor([chosen[i % len(chosen)] for i in range(N)], device=device)
+    asked = {name: getattr(args, name) for name in ("steps", "guidance", "eta") if getattr(args, name) is not None}
+    sampling = checkpoint["sampling"] | asked
+    batches = torch.arange(N).split(args.batch_size)
+    report, parts = progress("images", len(batches)), []
+    for done, index in enumerate(batches):
+        shape = (model.in_channels, model.input_size, model.input_size)
+        parts.append(sample_images(model, GaussianDiffusion(), labels[index], index.tolist(), shape, args.seed, sampling))
+        report(done, {})
+    images = torch.cat(parts)                                                # (N, C, H, W)
+    if args.npz:
+        rgb = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+        write_file(args.npz, lambda file: np.savez(file, arr_0=np.ascontiguousarray(rgb)))
+    else:
+        columns = len(chosen) if 1 < len(chosen) <= 20 else math.ceil(math.sqrt(N))
+        write_png(args.out, image_grid(images, columns))
+    print(f"{N} images, {', '.join(f'{name} {value}' for name, value in sampling.items())}, seed {args.seed}: "
+          f"{args.npz or args.out}")
+
+
+def main(argv=None):
+    """The program; returns its exit status."""
+    args = parse_args(argv)
+    return guarded("sample.py", lambda: run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

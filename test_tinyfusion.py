@@ -1,0 +1,877 @@
+"""The claims of tinyfusion.py, tested. Every test's name is a sentence that is true of the method or the program.
+
+    python test_tinyfusion.py            all of them
+    python test_tinyfusion.py Heart      one chapter;  -v shows the sentences
+"""
+
+import contextlib
+import copy
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+from pathlib import Path
+
+import numpy as np
+import scipy.linalg
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+
+import sample
+import tinyfusion as tf
+
+HERE = Path(__file__).resolve().parent
+
+
+def tiny_dit(depth=4, **more):
+    """A DiT that a test can afford, with weights that do something (the official start is the zero function)."""
+    torch.manual_seed(0)
+    model = tf.DiT(**{"input_size": 8, "patch_size": 4, "in_channels": 1, "hidden_size": 16, "depth": depth, "num_heads": 2,
+                      "num_classes": 3, **more})
+    for p in model.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.2)
+    return model.eval()
+
+
+def dense_forward(blocks, x, mask, *args):
+    """The definition, x <- m * block(x) + (1 - m) * x, word for word: the oracle of `masked_forward`."""
+    for i, block in enumerate(blocks):
+        m = mask[:, i].view(-1, *[1] * (x.dim() - 1))
+        x = m * block(x, *args) + (1 - m) * x
+    return x
+
+
+class Heart(unittest.TestCase):
+    """Chapters 3 and 4: the layer sampler, the masked forward pass, LoRA, learning, pruning."""
+
+    def test_candidates_are_all_ways_to_keep_n_of_m(self):
+        masks = tf.nm_masks(2, 4)
+        self.assertEqual(masks.shape, (6, 4))
+        self.assertEqual(len({tuple(row.tolist()) for row in masks}), 6)
+        self.assertTrue((masks.sum(1) == 2).all())
+
+    def test_a_drawn_mask_is_exactly_zero_or_one_with_n_ones_per_group(self):
+        sampler = tf.LayerSampler([(1, 2), (2, 4), (3, 4)])
+        with torch.no_grad():
+            for logits in sampler.logits:
+                logits.normal_(std=0.01)
+        for tau in (4.0, 0.1):
+            mask = sampler(500, tau=tau, scale=100)
+            self.assertTrue(mask.requires_grad)
+            self.assertTrue(torch.equal(mask, mask.round()) and mask.min() == 0 and mask.max() == 1)
+            for part, n in zip(mask.split([2, 4, 4], dim=1), (1, 2, 3)):
+                self.assertTrue((part.sum(1) == n).all())
+
+    def test_masks_are_drawn_with_the_probabilities_of_the_softmax_whatever_tau(self):
+        torch.manual_seed(0)
+        sampler = tf.LayerSampler([(2, 4)])
+        sampler.logits[0].data = torch.tensor([0.0, 0.01, 0.02, -0.01, 0.005, 0.0])
+        p = torch.softmax(sampler.logits[0] * 100, 0)
+        n = 20_000
+        for tau in (4.0, 0.1):
+            mask = sampler(n, tau=tau, scale=100.0)
+            count = (mask[:, None] == tf.nm_masks(2, 4)).all(2).sum(0)
+            chi2 = ((count - n * p) ** 2 / (n * p)).sum().item()
+            self.assertLess(chi2, 25.7)                          # 5 degrees of freedom, one false alarm in 10,000
+            torch.testing.assert_close(mask.mean(0), sampler.keep_probability(100.0), atol=0.02, rtol=0)
+
+    def test_kept_and_confidence_follow_the_likeliest_candidate(self):
+        sampler = tf.LayerSampler([(1, 2), (2, 3)])
+        sampler.logits[0].data = torch.tensor([0.0, 0.03])       # candidates 10, 01
+        sampler.logits[1].data = torch.tensor([0.0, 0.05, 0.0])  # candidates 110, 101, 011
+        self.assertEqual(sampler.kept(), [1, 2, 4])
+        e3, e5 = math.exp(3), math.exp(5)
+        torch.testing.assert_close(sampler.confidence(), torch.tensor([e3 / (1 + e3), e5 / (2 + e5)]))
+
+    def test_the_masked_forward_has_the_values_and_gradients_of_the_dense_formula(self):
+        torch.manual_seed(1)
+        blocks = nn.ModuleList([tf.DiTBlock(8, 2) for _ in range(5)]).double()
+        for block in blocks:
+            nn.init.normal_(block.adaLN_modulation[1].weight, std=0.3)
+        mask = torch.randint(0, 2, (6, 5)).double()
+        mask[0], mask[1], mask[:, 2] = 1, 0, 0                   # all kept; all dropped; a block nobody keeps
+        x, c = torch.randn(6, 4, 8).double(), torch.randn(6, 8).double()
+        results = []
+        for forward in (lambda x, c, m: tf.masked_forward(blocks, x, c, mask=m)[0],
+                        lambda x, c, m: dense_forward(blocks, x, m, c)):
+            inputs = [a.clone().requires_grad_() for a in (x, c, mask)]
+            out = forward(*inputs)
+            gradients = torch.autograd.grad(out.sin().sum(), inputs + list(blocks.parameters()), allow_unused=True,
+                                            materialize_grads=True)
+            results.append([out, *gradients])
+        for ours, dense in zip(*results):
+            torch.testing.assert_close(ours, dense, rtol=1e-12, atol=1e-12)
+
+    def test_the_gradient_of_the_logits_is_the_softmax_jacobian_of_the_masks_gradient(self):
+        torch.manual_seed(2)
+        sampler, blocks = tf.LayerSampler([(1, 2), (2, 3)]).double(), [nn.Sequential(nn.Linear(3, 3), nn.Tanh()).double()
+                                                                       for _ in range(5)]
+        sampler.candidates = [c.double() for c in sampler.candidates]
+        for logits in sampler.logits:
+            nn.init.normal_(logits, std=0.01)
+        x, tau, scale = torch.randn(7, 3).double(), 0.7, 100.0
+        state = torch.get_rng_state()
+        mask = sampler(7, tau, scale)
+        mask.retain_grad()
+        tf.masked_forward(blocks, x, mask=mask)[0].square().sum().backward()
+        torch.set_rng_state(state)
+        start = 0
+        for logits, candidates in zip(sampler.logits, sampler.candidates):
+            soft = F.gumbel_softmax((logits.detach() * scale).expand(7, -1), tau=tau)
+            v = mask.grad[:, start:start + candidates.shape[1]] @ candidates.T           # dL/dy (B, C(M, N))
+            expected = scale / tau * (soft * (v - (soft * v).sum(1, keepdim=True))).sum(0)
+            torch.testing.assert_close(logits.grad, expected)
+            start += candidates.shape[1]
+
+    def test_the_masked_forward_works_on_any_residual_blocks(self):
+        layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), 3).eval().layers
+        x = torch.randn(2, 5, 8)
+        out, features = tf.masked_forward(layers, x, mask=torch.tensor([[1., 0, 1], [0, 0, 0]]), hidden=(0, 2))
+        torch.testing.assert_close(out[:1], layers[2](layers[0](x[:1])))
+        torch.testing.assert_close(out[1], x[1])
+        self.assertEqual(len(features), 2)
+        with self.assertRaisesRegex(ValueError, "expected"):
+            tf.masked_forward(layers, x, mask=torch.ones(2, 4))
+
+    def test_groups_that_fit_are_parsed_and_others_refused_with_the_reason(self):
+        self.assertEqual(tf.parse_groups("1:2", 6), [(1, 2)] * 3)
+        self.assertEqual(tf.parse_groups("2:4,1:2", 6), [(2, 4), (1, 2)])
+        self.assertEqual(tf.parse_groups("7:14", 28), [(7, 14)] * 2)
+        for pattern, reason in (("2:4,3:4", "cover 8 blocks of a depth of 12"), ("1:5", "do not divide"), ("3:2", "expected"),
+                                ("0:2", "expected"), ("1-2", "not a list"), ("", "not a list"), ("1:2:3", "not a list"),
+                                ("14:28", "candidates")):
+            with self.assertRaisesRegex(ValueError, reason):
+                tf.parse_groups(pattern, 28 if pattern == "14:28" else 12)
+
+    def test_lora_starts_as_the_identity_and_trains_nothing_else(self):
+        model = tiny_dit()
+        x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([3, 900]), torch.tensor([0, 3])
+        before, weights = model(x, t, y), sum(isinstance(m, nn.Linear) for m in model.modules())
+        added = tf.add_lora(model, rank=2, alpha=4)
+        self.assertTrue(torch.equal(before, model(x, t, y)))
+        self.assertEqual(len(added), 2 * weights)
+        self.assertEqual({id(p) for p in model.parameters() if p.requires_grad}, {id(p) for p in added})
+
+    def test_a_lora_layer_is_w_plus_alpha_over_r_b_a(self):
+        layer = tf.LoRALinear(nn.Linear(5, 3), rank=2, alpha=6)
+        nn.init.normal_(layer.lora_B)
+        x, W = torch.randn(4, 5), layer.base.weight + 3 * layer.lora_B @ layer.lora_A
+        torch.testing.assert_close(layer(x), F.linear(x, W, layer.base.bias))
+
+    def test_lora_of_rank_8_trains_under_one_percent_of_dit_xl(self):
+        with torch.device("meta"):
+            model = tf.DiT_models["DiT-XL/2"]()
+            share = sum(p.numel() for p in tf.add_lora(model)) / 675_129_632
+        self.assertTrue(0.0085 < share < 0.0095, share)
+
+    def test_planted_useless_blocks_are_found_and_the_weights_left_alone(self):
+        class Planted(nn.Module):
+            """Six blocks: 1, 2 and 4 do the work, the others add junk; the pattern differs from group to group."""
+            def __init__(self):
+                super().__init__()
+                self.blocks = nn.ModuleList([nn.Linear(4, 4, bias=False) for _ in range(6)])
+                for i, block in enumerate(self.blocks):
+                    block.weight.data = (2 * torch.eye(4) if i in (1, 2, 4) else
+                                         torch.eye(4) + 0.7 * torch.randn(4, 4)).contiguous()
+        for update in ("lora", "full", "frozen"):
+            torch.manual_seed(3)
+            model = Planted()
+            before = copy.deepcopy(model.state_dict())
+
+            def loss_fn(m, sample_mask):
+                x = torch.randn(32, 4)
+                return F.mse_loss(tf.masked_forward(m.blocks, x, mask=sample_mask(32))[0], 8 * x)
+
+            sampler, history = tf.learn_layers(model, loss_fn, [(1, 2), (1, 2), (1, 2)], 60, update=update, rank=1, lr=1e-3,
+                                               logits_lr=5e-3)
+            self.assertEqual(sampler.kept(), [1, 2, 4], update)
+            self.assertGreater(sampler.confidence().min(), 0.9)
+            self.assertEqual([history[0][0], history[-1][0]], [0, 60])
+            for name, weight in model.state_dict().items():
+                self.assertTrue(torch.equal(weight, before[name]), f"{update} changed {name}")
+            self.assertTrue(all(p.requires_grad for p in model.parameters()))
+
+    def test_the_pruned_model_computes_what_the_mask_computed(self):
+        model, kept = tiny_dit(), [0, 3]
+        x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([3, 900]), torch.tensor([0, 3])
+        pruned = tf.prune(model, kept)
+        torch.testing.assert_close(pruned(x, t, y), model(x, t, y, mask=torch.tensor([[1., 0, 0, 1]] * 2)))
+        self.assertEqual((pruned.config()["depth"], len(model.blocks)), (2, 4))
+        with torch.no_grad():
+            pruned.blocks[0].attn.qkv.weight.zero_()
+            pruned.x_embedder.proj.weight.zero_()
+        self.assertGreater(model.blocks[0].attn.qkv.weight.abs().sum() * model.x_embedder.proj.weight.abs().sum(), 0)
+        for bad in ([], [0, 4], [2, 1], [1, 1], [-1, 2]):
+            with self.assertRaisesRegex(ValueError, "expected"):
+                tf.prune(model, bad)
+
+
+class Recovery(unittest.TestCase):
+    """Chapter 5: masked knowledge distillation."""
+
+    def test_the_masked_loss_ignores_outliers_of_either_model_and_so_does_its_gradient(self):
+        torch.manual_seed(0)
+        teacher, student = torch.randn(2, 6, 8), torch.randn(2, 6, 8)
+        teacher, student = teacher.clamp(-1.5, 1.5), student.clamp(-1.5, 1.5)
+        teacher[0, 1, 2], student[1, 3, 4] = 50.0, -60.0
+        student.requires_grad_()
+        loss = tf.masked_feature_loss(student, teacher, k=2.5)
+        loss.backward()
+        left = torch.ones(2, 6, 8, dtype=torch.bool)
+        left[0, 1, 2] = left[1, 3, 4] = False
+        torch.testing.assert_close(loss, (student - teacher)[left].square().mean())
+        self.assertEqual((student.grad[0, 1, 2].item(), student.grad[1, 3, 4].item()), (0.0, 0.0))
+        with torch.no_grad():
+            teacher[0, 1, 2], student[1, 3, 4] = 5000.0, -6000.0
+        torch.testing.assert_close(tf.masked_feature_loss(student, teacher, k=2.5), loss)
+
+    def test_without_a_mask_it_is_the_mean_squared_error(self):
+        student, teacher = torch.randn(2, 3, 4), 100 * torch.randn(2, 3, 4)
+        torch.testing.assert_close(tf.masked_feature_loss(student, teacher, math.inf), F.mse_loss(student, teacher))
+        self.assertEqual(tf.masked_feature_loss(torch.ones(1, 2, 2), torch.ones(1, 2, 2), math.inf).item(), 0)
+
+    def test_the_last_kept_block_of_a_group_is_matched_with_the_groups_last(self):
+        self.assertEqual(tf.match_blocks([(1, 2)] * 3, [0, 3, 4]), [(0, 1), (1, 3), (2, 5)])
+        self.assertEqual(tf.match_blocks([(2, 4), (3, 4)], [0, 2, 4, 5, 6]), [(1, 3), (4, 7)])
+        with self.assertRaisesRegex(ValueError, "group 2..3"):
+            tf.match_blocks([(1, 2)] * 2, [0, 1])
+
+    def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it(self):
+        model, diffusion = tiny_dit(), tf.GaussianDiffusion()
+        _, parts = tf.recovery_loss(model, model, diffusion, torch.randn(4, 1, 8, 8), torch.zeros(4, dtype=torch.long),
+                                    [(1, 1), (3, 3)])
+        self.assertEqual((parts["kd"].item(), parts["features"].item()), (0, 0))
+        self.assertGreater(parts["denoising"].item(), 0)
+
+    def test_the_loss_is_the_papers_mixture(self):
+        teacher, diffusion = tiny_dit(), tf.GaussianDiffusion()
+        student, x0, y = tf.prune(teacher, [0, 3]), torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 0])
+        for kd in tf.KD_MODES:
+            torch.manual_seed(5)
+            loss, parts = tf.recovery_loss(student, teacher, diffusion, x0, y, [(0, 1), (1, 3)], kd, beta=0.3)
+            expected = parts["denoising"] if kd == "none" else \
+                0.9 * parts["kd"] + 0.1 * parts["denoising"] + 0.3 * parts.get("features", 0)
+            torch.testing.assert_close(loss, expected)
+            self.assertEqual("features" in parts, kd in ("masked", "feature"))
+
+    def test_both_models_see_the_same_labels_some_of_them_dropped(self):
+        teacher, seen = tiny_dit(class_dropout_prob=0.5), []
+        student = tf.prune(teacher, [0, 3])
+        for model in (teacher, student):
+            model.register_forward_pre_hook(lambda module, args: seen.append(args[2].clone()))
+        batches = iter([(torch.randn(64, 1, 8, 8), torch.ones(64, dtype=torch.long))] * 2)
+        tf.recover(student, teacher, tf.GaussianDiffusion(), batches, [(0, 1), (1, 3)], 2)
+        for ours, theirs in zip(seen[::2], seen[1::2]):
+            self.assertTrue(torch.equal(ours, theirs))
+            self.assertTrue(10 < (ours == 3).sum() < 54)
+
+    def test_recovery_brings_the_student_closer_to_its_teacher_in_every_mode(self):
+        teacher, diffusion = tiny_dit(), tf.GaussianDiffusion()
+        before = [p.clone() for p in teacher.parameters()]
+        x, t, y = torch.randn(64, 1, 8, 8), torch.randint(0, 1000, (64,)), torch.randint(0, 3, (64,))
+
+        def distance(model):
+            with torch.no_grad():
+                return F.mse_loss(model(x, t, y)[:, :1], teacher(x, t, y)[:, :1]).item()
+
+        def batches():
+            while True:
+                yield torch.randn(32, 1, 8, 8), torch.randint(0, 3, (32,))
+
+        for kd in ("masked", "feature", "logits"):
+            torch.manual_seed(0)
+            pruned = tf.prune(teacher, [0, 3])
+            student = tf.recover(copy.deepcopy(pruned), teacher, diffusion, batches(), [(0, 1), (1, 3)], 40, kd=kd, lr=1e-2,
+                                 ema_decay=0.9)
+            self.assertLess(distance(student), 0.7 * distance(pruned), kd)
+        self.assertTrue(all(torch.equal(a, b) for a, b in zip(before, teacher.parameters())))
+        with self.assertRaisesRegex(ValueError, "expected one of"):
+            tf.recover(pruned, teacher, diffusion, batches(), [(0, 1)], 1, kd="other")
+
+
+class Model(unittest.TestCase):
+    """Chapter 1: DiT."""
+
+    def test_presets_have_the_official_sizes_names_and_shapes(self):
+        sizes = {"DiT-XL/2": 675_129_632, "DiT-L/2": 458_102_816, "DiT-B/2": 130_512_416, "DiT-S/2": 32_963_360,
+                 "DiT-D19/2": 459_983_264, "DiT-D14/2": 340_457_504, "DiT-D7/2": 173_121_440}
+        for name, size in sizes.items():
+            with torch.device("meta"):
+                model = tf.DiT_models[name]()
+            self.assertEqual(sum(p.numel() for p in model.parameters()), size, name)
+            if name == "DiT-XL/2":
+                shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+        block = {"attn.qkv.weight": (3456, 1152), "attn.qkv.bias": (3456,), "attn.proj.weight": (1152, 1152),
+                 "attn.proj.bias": (1152,), "mlp.fc1.weight": (4608, 1152), "mlp.fc1.bias": (4608,),
+                 "mlp.fc2.weight": (1152, 4608), "mlp.fc2.bias": (1152,),
+                 "adaLN_modulation.1.weight": (6912, 1152), "adaLN_modulation.1.bias": (6912,)}
+        expected = {f"blocks.{i}.{key}": shape for i in range(28) for key, shape in block.items()} | {
+            "pos_embed": (1, 256, 1152), "x_embedder.proj.weight": (1152, 4, 2, 2), "x_embedder.proj.bias": (1152,),
+            "t_embedder.mlp.0.weight": (1152, 256), "t_embedder.mlp.0.bias": (1152,),
+            "t_embedder.mlp.2.weight": (1152, 1152), "t_embedder.mlp.2.bias": (1152,),
+            "y_embedder.embedding_table.weight": (1001, 1152),
+            "final_layer.linear.weight": (32, 1152), "final_layer.linear.bias": (32,),
+            "final_layer.adaLN_modulation.1.weight": (2304, 1152), "final_layer.adaLN_modulation.1.bias": (2304,)}
+        self.assertEqual(shapes, expected)
+
+    def test_a_new_model_is_zero_and_its_blocks_the_identity(self):
+        model = tf.DiT(8, 4, 1, 16, 2, 2, num_classes=3)
+        x, c = torch.randn(2, 4, 16), torch.randn(2, 16)
+        self.assertEqual(model(torch.randn(2, 1, 8, 8), torch.tensor([1, 2]), torch.tensor([0, 1])).abs().max(), 0)
+        self.assertTrue(torch.equal(model.blocks[0](x, c), x))
+
+    def test_the_forward_pass_is_the_published_one(self):
+        """An independent float64 version from the paper's equations, tensor by tensor, without modules."""
+        model = tiny_dit(depth=2, in_channels=2, hidden_size=16).double()
+        w, x = model.state_dict(), torch.randn(3, 2, 8, 8).double()
+        t, y, D, heads, P = torch.tensor([0, 17, 999]), torch.tensor([0, 2, 3]), 16, 2, 4
+
+        def linear(h, name):
+            return torch.einsum("...i,oi->...o", h, w[name + ".weight"]) + w[name + ".bias"]
+
+        def norm(h):
+            return (h - h.mean(-1, keepdim=True)) / (h.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+
+        def silu(h):
+            return h / (1 + torch.exp(-h))
+
+        patches = torch.stack([x[:, :, i:i + P, j:j + P] for i in (0, 4) for j in (0, 4)], 1)             # (B, T, C, P, P)
+        h = torch.einsum("btcpq,dcpq->btd", patches, w["x_embedder.proj.weight"]) + w["x_embedder.proj.bias"]
+        position = torch.zeros(4, D).double()
+        for token in range(4):
+            for half, place in ((0, token % 2), (8, token // 2)):                        # column first, then row
+                for k in range(4):
+                    angle = place / 10000 ** (k / 4)
+                    position[token, half + k], position[token, half + 4 + k] = math.sin(angle), math.cos(angle)
+        h = h + position
+        angles = t[:, None] * torch.tensor([10000 ** (-k / 128) for k in range(128)], dtype=torch.float64)
+        c = linear(silu(linear(torch.cat([angles.cos(), angles.sin()], 1), "t_embedder.mlp.0")), "t_embedder.mlp.2")
+        c = c + w["y_embedder.embedding_table.weight"][y]
+        for i in range(2):
+            s1, k1, g1, s2, k2, g2 = linear(silu(c), f"blocks.{i}.adaLN_modulation.1")[:, None].split(D, -1)
+            qkv = linear(norm(h) * (1 + k1) + s1, f"blocks.{i}.attn.qkv").view(3, 4, 3, heads, D // heads)
+            q, k, v = qkv.unbind(2)
+            p = (torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(D // heads)).softmax(-1)
+            h = h + g1 * linear(torch.einsum("bhts,bshd->bthd", p, v).reshape(3, 4, D), f"blocks.{i}.attn.proj")
+            u = linear(norm(h) * (1 + k2) + s2, f"blocks.{i}.mlp.fc1")
+            u = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u ** 3)))
+            h = h + g2 * linear(u, f"blocks.{i}.mlp.fc2")
+        shift, scale = linear(silu(c), "final_layer.adaLN_modulation.1")[:, None].split(D, -1)
+        h = linear(norm(h) * (1 + scale) + shift, "final_layer.linear").view(3, 2, 2, P, P, 4)
+        expected = torch.zeros(3, 4, 8, 8).double()
+        for row in range(2):
+            for column in range(2):
+                expected[:, :, row * P:row * P + P, column * P:column * P + P] = h[:, row, column].permute(0, 3, 1, 2)
+        # the timestep's frequencies are float32 in the official code and in ours
+        model.t_embedder.float()
+        with torch.no_grad():
+            embedded = model.t_embedder(t).double()
+            model.t_embedder.forward = lambda t: embedded
+            torch.testing.assert_close(model(x, t, y), expected, rtol=1e-4, atol=1e-4)
+
+    def test_hidden_states_come_out_of_the_same_forward(self):
+        model = tiny_dit()
+        x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([3]), torch.tensor([0, 3])
+        out, features = model(x, t, y, hidden=(1, 3))
+        self.assertTrue(torch.equal(out, model(x, t, y)))
+        self.assertEqual([f.shape for f in features], [(2, 4, 16)] * 2)
+        self.assertTrue(torch.equal(features[0], model(x, t, y, hidden=(1,))[1][0]))
+
+    def test_guidance_moves_the_first_three_channels_or_all_but_never_the_variance(self):
+        x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([500]), torch.tensor([0, 1, 3, 3])
+        for C, channels, guided in ((4, 3, 3), (4, None, 4), (1, 3, 1), (1, None, 1)):
+            model = tiny_dit(in_channels=C)
+            both = torch.cat([x[:, :C], torch.full_like(x[:, :C], 7.0)])             # the second half is not read
+            out = model.forward_with_cfg(both, t, y, 4.0, cfg_channels=channels)
+            cond, null = model(x[:, :C], t, y[:2]), model(x[:, :C], t, y[2:])
+            torch.testing.assert_close(out[:2, :guided], (null + 4 * (cond - null))[:, :guided])
+            torch.testing.assert_close(out[:2, guided:], cond[:, guided:])
+            torch.testing.assert_close(out[2:, C:], null[:, C:])
+
+    def test_training_drops_labels_and_evaluation_does_not(self):
+        embedder, labels = tf.LabelEmbedder(5, 4, 0.5), torch.ones(1000, dtype=torch.long)
+        null = embedder.embedding_table.weight[5]
+        share = (embedder(labels) == null).all(1).float().mean()
+        self.assertTrue(0.4 < share < 0.6)
+        self.assertFalse((embedder.eval()(labels) == null).all(1).any())
+
+    def test_sizes_that_do_not_divide_are_refused(self):
+        for sizes in ({"input_size": 9}, {"num_heads": 3}):
+            with self.assertRaisesRegex(ValueError, "multiple"):
+                tiny_dit(**sizes)
+
+
+class Diffusion(unittest.TestCase):
+    """Chapter 2: closed forms."""
+
+    def setUp(self):
+        torch.manual_seed(0)
+        self.d = tf.GaussianDiffusion()
+        self.x0 = torch.rand(5, 2, 4, 4) * 2 - 1
+        self.t, self.noise = torch.tensor([0, 1, 250, 700, 999]), torch.randn(5, 2, 4, 4)
+        betas = np.linspace(1e-4, 2e-2, 1000)
+        self.beta, self.abar = betas, np.cumprod(1 - betas)
+
+    def test_noisy_images_have_the_schedules_mean_and_variance(self):
+        x_t = self.d.q_sample(self.x0, self.t, self.noise)
+        a = torch.tensor(self.abar[self.t]).float().view(-1, 1, 1, 1)
+        torch.testing.assert_close(x_t, a.sqrt() * self.x0 + (1 - a).sqrt() * self.noise)
+
+    def test_a_perfect_model_has_the_posterior_of_bayes_rule(self):
+        """q(x_{t-1} | x_t, x0) from the product of two Gaussians; v = -1 and 1 are its variance and beta."""
+        x_t = self.d.q_sample(self.x0, self.t, self.noise)
+        for v, in ((-1.0,), (1.0,), (0.3,)):
+            p = self.d.p_mean_variance(torch.cat([self.noise, torch.full_like(self.noise, v)], 1), x_t, self.t)
+            for i, t in enumerate(self.t.tolist()):
+                if t == 0:
+                    continue
+                precision = (1 - self.beta[t]) / self.beta[t] + 1 / (1 - self.abar[t - 1])
+                mean = (math.sqrt(1 - self.beta[t]) / self.beta[t] * x_t[i]
+                        + math.sqrt(self.abar[t - 1]) / (1 - self.abar[t - 1]) * self.x0[i]) / precision
+                torch.testing.assert_close(p["mean"][i], mean, rtol=1e-4, atol=2e-4)
+                variance = math.exp((1 - v) / 2 * math.log(1 / precision) + (1 + v) / 2 * math.log(self.beta[t]))
+                torch.testing.assert_close(p["variance"][i], torch.full_like(p["variance"][i], variance), rtol=1e-4, atol=0)
+            torch.testing.assert_close(p["pred_xstart"][:4], self.x0[:4], rtol=1e-3, atol=1e-3)
+
+    def test_losses_are_the_mean_squared_error_and_the_kl_in_bits(self):
+        eps, v = torch.randn_like(self.noise), torch.rand_like(self.noise) * 2 - 1
+        losses = self.d.training_losses(lambda x, t, y: torch.cat([eps, v], 1), self.x0, self.t, None, self.noise)
+        torch.testing.assert_close(losses["mse"], ((eps - self.noise) ** 2).mean((1, 2, 3)))
+        x_t = self.d.q_sample(self.x0, self.t, self.noise)
+        p = self.d.p_mean_variance(torch.cat([eps, v], 1), x_t, self.t)
+        true = self.d.p_mean_variance(torch.cat([self.noise, -torch.ones_like(v)], 1), x_t, self.t)
+        kl = torch.distributions.kl_divergence(torch.distributions.Normal(true["mean"], true["variance"].sqrt()),
+                                               torch.distributions.Normal(p["mean"], p["variance"].sqrt()))
+        torch.testing.assert_close(losses["vb"][1:], kl.mean((1, 2, 3))[1:] / math.log(2), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(losses["loss"], losses["mse"] + losses["vb"])
+
+    def test_the_last_step_is_the_likelihood_of_a_pixel(self):
+        levels = torch.arange(256) / 127.5 - 1
+        for mean, std in ((0.1, 0.05), (-0.99, 0.02), (0.4, 0.5)):
+            log_p = tf.discretized_gaussian_log_likelihood(levels, torch.tensor(mean), torch.tensor(2 * math.log(std)))
+            self.assertAlmostEqual(log_p.double().exp().sum().item(), 1, places=4)       # 256 bins share the mass
+            normal = torch.distributions.Normal(mean, std)
+            exact = normal.cdf(levels + 1 / 255) - normal.cdf(levels - 1 / 255)
+            torch.testing.assert_close(log_p.exp()[1:-1], exact[1:-1], atol=5e-4, rtol=0)
+
+    def test_the_variational_bound_trains_the_variance_alone(self):
+        out = torch.randn(5, 4, 4, 4, requires_grad=True)
+        self.d.training_losses(lambda x, t, y: out, self.x0, self.t, None)["vb"].sum().backward()
+        self.assertEqual(out.grad[:, :2].abs().max(), 0)
+        self.assertGreater(out.grad[:, 2:].abs().min(), 0)
+
+    def test_distillation_compares_noise_and_variance(self):
+        a, x_t = torch.randn(5, 4, 4, 4), self.d.q_sample(self.x0, self.t, self.noise)
+        torch.testing.assert_close(self.d.distillation_losses(a, a, x_t, self.t), torch.zeros(5))
+        b = a.clone()
+        b[:, :2] += 0.5
+        self.assertTrue((self.d.distillation_losses(b, a, x_t, self.t) >= 0.25).all())
+        b = a.clone()
+        b[:, 2:] += 0.5
+        self.assertTrue((self.d.distillation_losses(b, a, x_t, self.t)[1:3] > 0).all())
+
+    def test_respacing_keeps_the_first_and_the_last_timestep_and_their_abar(self):
+        for steps in (2, 3, 50, 250, 1000):
+            r = self.d.respaced(steps)
+            self.assertEqual((len(r.timestep_map), r.timestep_map[0], r.timestep_map[-1]), (steps, 0, 999))
+            self.assertTrue((np.diff(r.timestep_map) > 0).all())
+            np.testing.assert_allclose(r.abar, self.abar[r.timestep_map], rtol=1e-12)
+        for steps in (0, 1, -5, 1001):
+            with self.assertRaisesRegex(ValueError, "expected 2 to 1000"):
+                self.d.respaced(steps)
+
+    def test_sampling_finds_gaussian_data_with_its_exact_denoiser(self):
+        """For data N(mu, s^2) the best noise prediction is known; DDPM, DDIM and what is between must return the data."""
+        mu, s, d = 0.3, 0.5, self.d
+
+        class Exact(nn.Module):
+            num_classes = 1
+            def forward(self, x, t, y):
+                a = float(d.abar[t.item()])
+                eps = math.sqrt(1 - a) * (x - math.sqrt(a) * mu) / (a * s * s + 1 - a)
+                return torch.cat([eps, -torch.ones_like(x)], 1)
+
+        y = torch.zeros(4000, dtype=torch.long)
+        for eta in (0.0, 0.5, 1.0):
+            x = d.sample(Exact(), y, lambda: torch.randn(4000, 1, 1, 1), steps=200, eta=eta)
+            self.assertAlmostEqual(x.mean().item(), mu, delta=0.03)
+            self.assertAlmostEqual(x.std().item(), s, delta=0.03)
+
+    def test_ddpm_steps_are_the_posterior_mean_plus_learned_noise_and_ddim_is_deterministic(self):
+        model, r, y = tiny_dit(), self.d.respaced(7), torch.tensor([0, 2])
+        noises = [torch.randn(2, 1, 8, 8) for _ in range(7)]
+        x, queue = noises[0], iter(noises)
+        ours = self.d.sample(model, y, lambda: next(queue), steps=7)
+        with torch.no_grad():
+            for i in reversed(range(7)):
+                p = r.p_mean_variance(model(x, torch.full((2,), int(r.timestep_map[i])), y), x, torch.full((2,), i))
+                x = p["mean"] + (p["variance"].sqrt() * noises[7 - i] if i else 0)
+        torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-4)
+        first, second = (self.d.sample(model, y, lambda: noises[0], steps=7, eta=0.0) for _ in range(2))
+        self.assertTrue(torch.equal(first, second))
+
+    def test_guidance_one_asks_the_model_once_and_others_in_one_batch(self):
+        model, sizes = tiny_dit(), []
+        model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+        forward = model.forward
+        model.forward = lambda x, *a, **k: (sizes.append(len(x)), forward(x, *a, **k))[1]
+        for guidance, size in ((1.0, 2), (1.5, 4)):
+            sizes.clear()
+            self.d.sample(model, torch.tensor([0, 1]), lambda: torch.randn(2, 1, 8, 8), steps=3, guidance=guidance)
+            self.assertEqual(set(sizes), {size})
+
+
+class Measuring(unittest.TestCase):
+    """Chapter 6."""
+
+    def test_the_frechet_distance_of_gaussians_has_its_closed_form(self):
+        """For covariances that commute: |mu1 - mu2|^2 + sum (sqrt(l1) - sqrt(l2))^2."""
+        rng = np.random.default_rng(0)
+        Q, _ = np.linalg.qr(rng.normal(size=(20, 20)))
+        l1, l2, mu1, mu2 = rng.uniform(0.1, 3, 20), rng.uniform(0.1, 3, 20), rng.normal(size=20), rng.normal(size=20)
+        expected = ((mu1 - mu2) ** 2).sum() + ((np.sqrt(l1) - np.sqrt(l2)) ** 2).sum()
+        self.assertAlmostEqual(tf.frechet_distance(mu1, (Q * l1) @ Q.T, mu2, (Q * l2) @ Q.T), expected, places=9)
+
+    def test_the_frechet_distance_agrees_with_the_general_matrix_square_root(self):
+        rng = np.random.default_rng(1)
+        a, b = rng.normal(size=(500, 30)), rng.normal(size=(500, 30)) @ rng.normal(size=(30, 30)) * 0.2 + 0.3
+        (m1, s1), (m2, s2) = ((x.mean(0), np.cov(x.T)) for x in (a, b))
+        expected = ((m1 - m2) ** 2).sum() + np.trace(s1 + s2 - 2 * scipy.linalg.sqrtm(s1 @ s2).real)
+        self.assertLess(abs(tf.frechet_distance(m1, s1, m2, s2) / expected - 1), 1e-6)
+        self.assertAlmostEqual(tf.frechet_distance(m1, s1, m1, s1), 0, places=9)
+
+    def test_the_frechet_distance_of_singular_covariances_is_real_and_right(self):
+        rng = np.random.default_rng(2)
+        low = rng.normal(size=(5, 40))                           # 5 samples in 40 dimensions
+        s = np.cov(low.T)
+        self.assertAlmostEqual(tf.frechet_distance(np.zeros(40), s, np.ones(40), 4 * s), 40 + np.trace(s), places=5)
+        self.assertAlmostEqual(tf.frechet_distance(np.zeros(3), np.zeros((3, 3)), np.zeros(3), np.eye(3)), 3)
+        for bad in (np.full((3, 3), np.nan), np.eye(4)):
+            with self.assertRaises(ValueError):
+                tf.frechet_distance(np.zeros(3), bad, np.zeros(3), np.eye(3))
+
+    def test_running_statistics_equal_those_of_all_features_at_once(self):
+        x, stats = np.random.default_rng(0).normal(1000, 1, (700, 6)), tf.FeatureStatistics()
+        for part in (x[:1], x[1:300], x[300:]):
+            stats.update(part)
+        np.testing.assert_allclose(stats.mean, x.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(stats.covariance, np.cov(x.T), rtol=1e-9, atol=1e-10)
+
+    def test_the_inception_score_runs_from_one_to_the_number_of_classes(self):
+        self.assertAlmostEqual(tf.inception_score(torch.full((50, 10), 0.1)), 1)
+        self.assertAlmostEqual(tf.inception_score(torch.eye(10).repeat(5, 1)), 10)
+
+    def test_precision_and_recall_see_quality_and_variety(self):
+        torch.manual_seed(0)
+        real = torch.cat([torch.randn(200, 4), torch.randn(200, 4) + 50])
+        self.assertEqual(tf.precision_recall(real, real), (1, 1))
+        self.assertEqual(tf.precision_recall(real, real + 1000), (0, 0))
+        precision, recall = tf.precision_recall(real, torch.randn(400, 4) * 0.9)         # one of two modes
+        self.assertTrue(precision > 0.8 and 0.3 < recall <= 0.5, (precision, recall))
+        with self.assertRaisesRegex(ValueError, "need more than"):
+            tf.precision_recall(real[:3], real)
+
+
+class Data(unittest.TestCase):
+    """Chapter 7."""
+
+    def setUp(self):
+        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
+
+    def make(self, mode="L", classes=("b", "a"), count=3, size=(20, 14)):
+        rng = np.random.default_rng(0)
+        for name in classes:
+            (self.folder / name).mkdir(exist_ok=True)
+            for i in range(count):
+                pixels = Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
+                pixels.convert(mode).save(self.folder / name / f"{i}.{'png' if mode != 'RGB' else 'jpg'}")
+
+    def test_the_digits_are_ten_classes_of_upright_grey_images_and_the_same_every_time(self):
+        a, b = tf.toy_digits(100), tf.toy_digits(100)
+        self.assertTrue(torch.equal(a.images, b.images))
+        self.assertEqual((a.images.shape, len(a.classes)), ((100, 1, 16, 16), 10))
+        ink = (a.images > 64).any(3).sum((1, 2))                 # rows with ink
+        self.assertTrue((ink >= 12).all() and (ink <= 16).all())
+        self.assertTrue(a.images[:, :, 0].float().mean() < 60)
+
+    def test_a_folder_of_grey_images_is_grey_and_of_colour_images_rgb(self):
+        self.make("L")
+        data = tf.image_folder(self.folder, 8)
+        self.assertEqual((data.images.shape, data.labels.tolist(), data.classes),
+                         ((6, 1, 8, 8), [0, 0, 0, 1, 1, 1], ["a", "b"]))
+        self.make("RGB")
+        self.assertEqual(tf.image_folder(self.folder, 8).images.shape, (12, 3, 8, 8))
+
+    def test_sixteen_bit_palette_and_transparent_images_are_read(self):
+        (self.folder / "a").mkdir()
+        Image.fromarray(np.full((8, 8), 0x8000, np.uint16)).save(self.folder / "a" / "1.png")
+        Image.new("P", (8, 8)).save(self.folder / "a" / "2.gif")
+        Image.new("RGBA", (8, 8), (255, 0, 0, 128)).save(self.folder / "a" / "3.png")
+        data = tf.image_folder(self.folder, 8)
+        self.assertEqual(data.images.shape, (3, 3, 8, 8))
+        self.assertEqual(data.images[0, 0, 0, 0], 128)
+
+    def test_the_crop_is_square_central_and_of_the_asked_size(self):
+        for size in ((100, 37), (16, 300), (9, 7)):
+            self.assertEqual(tf.center_crop(Image.new("RGB", size), 16).size, (16, 16))
+        stripes = Image.fromarray(np.repeat(np.array([0] * 16 + [200] * 16 + [0] * 16, np.uint8)[None], 16, 0))
+        self.assertTrue((np.asarray(tf.center_crop(stripes, 16)) == 200).all())
+
+    def test_a_broken_image_is_named_counted_and_skipped(self):
+        self.make("L")
+        (self.folder / "a" / "torn.png").write_bytes((self.folder / "a" / "0.png").read_bytes()[:60])
+        (self.folder / "a" / "notes.txt").write_text("hello")
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            data = tf.image_folder(self.folder, 8)
+        self.assertEqual(len(data.labels), 6)
+        for words in ("torn.png", "notes.txt", "skipped 2 broken files of 8"):
+            self.assertIn(words, said.getvalue())
+
+    def test_folders_that_cannot_be_used_are_refused_with_the_reason(self):
+        with self.assertRaisesRegex(tf.UserError, "no class folders"):
+            tf.image_folder(self.folder, 8)
+        with self.assertRaisesRegex(tf.UserError, "no such folder"):
+            tf.image_folder(self.folder / "x", 8)
+        self.make("L")
+        with self.assertRaisesRegex(tf.UserError, "6 images, too few; expected at least 64"):
+            tf.image_folder(self.folder, 8, at_least=64)
+        (self.folder / "empty").mkdir()
+        with self.assertRaisesRegex(tf.UserError, "no readable image in class folder 'empty'"):
+            tf.image_folder(self.folder, 8)
+
+    def test_batches_cover_every_epoch_and_go_on_from_any_step(self):
+        images, labels = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1), torch.arange(10)
+        stream = tf.image_batches(images, labels, 3, seed=1)
+        ys = [next(stream)[1] for _ in range(9)]
+        self.assertEqual(len(torch.cat(ys[:3]).unique()), 9)
+        self.assertFalse(torch.equal(torch.cat(ys[:3]), torch.cat(ys[3:6])))
+        for start in (1, 3, 7):
+            self.assertTrue(torch.equal(next(tf.image_batches(images, labels, 3, 1, start=start))[1], ys[start]))
+
+
+class Training(unittest.TestCase):
+    """Chapters 8 and 9."""
+
+    def test_a_loss_that_is_not_finite_stops_training_with_the_good_weights(self):
+        for poison in (math.nan, math.inf):
+            model, seen = nn.Linear(2, 1), []
+
+            def loss_fn(step):
+                seen.append(copy.deepcopy(model.state_dict()))
+                loss = model(torch.ones(1, 2)).square().sum()
+                return loss * (poison if step == 3 else 1), {}
+
+            with self.assertRaisesRegex(tf.NonFiniteLoss, "step 3") as caught:
+                tf.train(model, loss_fn, 10, lr=0.1)
+            for name, weight in caught.exception.model.state_dict().items():
+                self.assertTrue(torch.equal(weight, seen[3][name]) and weight.isfinite().all())
+
+    def test_the_rate_warms_up_and_falls_along_a_cosine(self):
+        model, rates = nn.Linear(1, 1), []
+        tf.train(model, lambda step: (model.weight.square().sum(), {}), 100, lr=1.0, final_lr_ratio=0.5, warmup=10,
+                 on_step=lambda step, metrics: rates.append(metrics["lr"]))
+        self.assertAlmostEqual(rates[0], 1 / 11, places=5)
+        self.assertAlmostEqual(rates[50], 0.75, places=5)
+        self.assertAlmostEqual(rates[99], 0.5, places=3)
+
+    def test_the_average_of_the_weights_is_exponential(self):
+        model, seen = nn.Linear(1, 1, bias=False), []
+        ema = tf.train(model, lambda step: (seen.append(model.weight.item()), model.weight.sum())[1:] + ({},), 4, lr=0.1,
+                       ema_decay=0.9)
+        seen = seen[1:] + [model.weight.item()]
+        expected = seen[0]
+        for weight in seen[1:]:
+            expected = 0.9 * expected + 0.1 * weight
+        self.assertAlmostEqual(ema.weight.item(), expected, places=6)
+
+    def test_a_write_that_fails_leaves_the_old_file_and_no_other(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "a.txt"
+            tf.write_file(path, lambda file: file.write(b"old"))
+
+            def fail(file):
+                file.write(b"new")
+                raise OSError("disk full")
+
+            with self.assertRaisesRegex(OSError, "disk full"):
+                tf.write_file(path, fail)
+            self.assertEqual((path.read_bytes(), os.listdir(folder)), (b"old", ["a.txt"]))
+
+
+class Files(unittest.TestCase):
+    """Checkpoints in and out."""
+
+    def setUp(self):
+        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        self.path = self.folder / "model.pt"
+        tf.save_checkpoint(self.path, tiny_dit(), sampling={"steps": 3, "guidance": 1.0, "eta": 1.0}, classes=["a", "b", "c"])
+
+    def test_a_checkpoint_comes_back_bit_for_bit_and_carries_its_configuration(self):
+        model, checkpoint = tf.load_checkpoint(self.path)
+        for name, weight in tiny_dit().state_dict().items():
+            self.assertTrue(torch.equal(weight, model.state_dict()[name]))
+        self.assertEqual((model.config(), model.training), (tiny_dit().config(), False))
+        self.assertIn("ema", torch.load(self.path, weights_only=True))
+
+    def test_bad_checkpoints_are_refused_in_one_line_and_nothing_is_run(self):
+        class Attack:
+            def __reduce__(self):
+                return os.mkdir, (str(folder / "attacked"),)
+        folder, good = self.folder, torch.load(self.path, weights_only=True)
+        torch.save({"ema": Attack()}, folder / "attack.pt")
+        torch.save(good["ema"], folder / "plain.pt")
+        torch.save(good | {"config": good["config"] | {"depth": 5}}, folder / "depth.pt")
+        torch.save(good | {"config": {"layers": 5}}, folder / "config.pt")
+        (folder / "torn.pt").write_bytes(self.path.read_bytes()[:-2000])
+        (folder / "noise.pt").write_bytes(os.urandom(500))
+        (folder / "empty.pt").write_bytes(b"")
+        for name, reason in (("missing.pt", "No such file"), ("attack.pt", "refused"), ("plain.pt", "expected the entries"),
+                             ("depth.pt", "disagree"), ("config.pt", "disagree"), ("torn.pt", "part of one"),
+                             ("noise.pt", "part of one"), ("empty.pt", "part of one"), (".", "directory")):
+            with self.assertRaisesRegex(tf.UserError, reason) as caught:
+                tf.load_checkpoint(folder / name)
+            self.assertNotIn("\n", str(caught.exception))
+        self.assertFalse((folder / "attacked").exists())
+
+    def test_the_same_seed_draws_the_same_image_whatever_the_batch_size(self):
+        batches = []
+        for size in ("6", "4", "1"):
+            out = self.folder / f"{size}.npz"
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                self.assertEqual(sample.main(["--ckpt", str(self.path), "--num-images", "6", "--batch-size", size, "--npz",
+                                              str(out), "--seed", "3", "--guidance", "2"]), 0)
+            batches.append(np.load(out, allow_pickle=False)["arr_0"].astype(int))
+        self.assertEqual((batches[0].shape, batches[0].min() >= 0), ((6, 8, 8, 3), True))
+        self.assertGreater(batches[0].std(), 1)
+        for other in batches[1:]:                                # a rounding may tip a pixel by one level of 255
+            self.assertLessEqual(abs(batches[0] - other).max(), 1)
+
+
+def status_and_words(main, arguments):
+    """The exit status of a command line called in this process, and what it said on stderr."""
+    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()):
+        try:
+            status = main(arguments)
+        except SystemExit as stop:
+            status = stop.code
+    return status, said.getvalue()
+
+
+class CommandLine(unittest.TestCase):
+    """Chapter 10."""
+
+    TINY = ["--teacher-steps", "3", "--learn-steps", "3", "--recover-steps", "3", "--samples", "10", "--sample-steps", "2",
+            "--batch-size", "8", "--device", "cpu"]
+
+    def setUp(self):
+        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
+
+    def run_tiny(self, *more):
+        return subprocess.run([sys.executable, HERE / "tinyfusion.py", *self.TINY, "--out", self.folder / "run", *more],
+                              capture_output=True, text=True, timeout=300)
+
+    def test_one_command_tells_the_whole_story_and_the_next_one_reuses_it(self):
+        first = self.run_tiny()
+        self.assertEqual(first.returncode, 0, first.stderr)
+        run = self.folder / "run"
+        self.assertEqual({p.name for p in run.iterdir()}, {"teacher.pt", "layers.json", "student.pt", "results.json",
+                                                           "log.jsonl", "decisions.png", "samples.png"})
+        for words in ("teacher", "pruned", "student", "toy-FID", "speed-up", "guidance 1.5"):
+            self.assertIn(words, first.stdout)
+        self.assertEqual({json.loads(line)["stage"] for line in (run / "log.jsonl").read_text().splitlines()},
+                         {"teacher", "learn", "recover"})
+        student = torch.load(run / "student.pt", weights_only=True)
+        self.assertEqual((len(student["kept"]), student["config"]["depth"]), (6, 6))
+        for name in ("decisions.png", "samples.png"):
+            with Image.open(run / name) as picture:
+                self.assertGreater(np.asarray(picture.convert("L")).std(), 5)
+        before = {p.name: p.stat().st_mtime_ns for p in run.iterdir()}
+        second = self.run_tiny()
+        self.assertEqual((second.returncode, second.stdout.count("is reused")), (0, 4))
+        third = self.run_tiny("--recover-steps", "4", "--seed", "1")
+        self.assertEqual(third.returncode, 2)
+        self.assertIn("--seed 0 (now 1)", third.stderr)
+        fourth = self.run_tiny("--recover-steps", "4")
+        self.assertIn("--recover-steps 3 (now 4)", fourth.stderr)
+        self.assertEqual(before, {p.name: p.stat().st_mtime_ns for p in run.iterdir()})
+        drawn = subprocess.run([sys.executable, HERE / "sample.py", "--ckpt", run / "student.pt", "--out",
+                                self.folder / "grid.png", "--labels", "3,1"], capture_output=True, text=True)
+        self.assertEqual(drawn.returncode, 0, drawn.stderr)
+        status, words = status_and_words(sample.main, ["--ckpt", str(run / "student.pt"), "--labels", "3,10"])
+        self.assertEqual((status, words.count("\n")), (2, 1))
+        self.assertIn("from 0 to 9", words)
+
+    def test_a_stage_can_be_run_alone_but_not_without_those_before_it(self):
+        run = ["--out", str(self.folder / "run")]
+        status, words = status_and_words(tf.main, self.TINY + run + ["--stages", "learn"])
+        self.assertEqual(status, 2)
+        self.assertIn("teacher.pt is not there", words)
+        self.assertEqual(status_and_words(tf.main, self.TINY + run + ["--stages", "teacher"])[0], 0)
+        self.assertFalse((self.folder / "run" / "layers.json").exists())
+        self.assertEqual(status_and_words(tf.main, self.TINY + run + ["--stages", "learn"])[0], 0)
+
+    def test_a_run_on_a_folder_of_images_measures_and_draws(self):
+        for label in ("cat", "dog"):
+            (self.folder / "pets" / label).mkdir(parents=True)
+            for i in range(12):
+                pixels = np.random.default_rng(i).integers(0, 255, (20, 30, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(self.folder / "pets" / label / f"{i}.png")
+        done = self.run_tiny("--data", str(self.folder / "pets"), "--groups", "2:4,1:2,3:6")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("24 images, (3, 16, 16), 2 classes", done.stdout)
+
+    def test_bad_input_is_one_line_and_exit_status_2(self):
+        (self.folder / "file").write_text("x")
+        (self.folder / "empty").mkdir()
+        for arguments, reason in (
+                (["--teacher-steps", "0"], "expected a whole number of at least 1"), (["--learn-steps", "-5"], "at least 1"),
+                (["--samples", "x"], "expected a whole number"), (["--guidance", "nan"], "expected a number"),
+                (["--groups", "1:5"], "do not divide a depth of 12"), (["--groups", "two"], "not a list of N:M"),
+                (["--model", "DiT-Q"], "choose from"), (["--kd", "x"], "choose from"), (["--stages", "x"], "expected some of"),
+                (["--image-size", "18"], "no multiple"), (["--device", "cuda:77"], "not on this machine"),
+                (["--device", "banana"], "not on this machine"), (["--out", str(self.folder / "file" / "x")], "cannot be written"),
+                (["--data", str(self.folder / "nothing")], "no such folder"), (["--data", str(self.folder / "empty")], "class folder"),
+                (["--nonsense"], "unrecognized")):
+            status, words = status_and_words(tf.main, ["--out", str(self.folder / "run"), *arguments])
+            self.assertEqual((status, words.count("\n")), (2, 1), (arguments, words))
+            self.assertIn(reason, words)
+        self.assertFalse((self.folder / "run" / "teacher.pt").exists())
+
+    def test_a_diverging_run_says_where_and_keeps_the_weights_from_before(self):
+        status, words = status_and_words(tf.main, self.TINY + ["--out", str(self.folder), "--teacher-lr", "1e30"])
+        self.assertEqual(status, 2, words)
+        self.assertIn("teacher stopped: at step", words)
+        model, _ = tf.load_checkpoint(self.folder / "teacher-stopped.pt")
+        self.assertTrue(all(weight.isfinite().all() for weight in model.state_dict().values()))
+        self.assertFalse((self.folder / "teacher.pt").exists())
+
+    def test_ctrl_c_ends_within_two_seconds_with_whole_files_only(self):
+        run = subprocess.Popen([sys.executable, HERE / "tinyfusion.py", "--out", self.folder / "run", "--device", "cpu"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        log, limit = self.folder / "run" / "log.jsonl", time.time() + 60
+        while time.time() < limit and not (log.exists() and log.read_text()):
+            time.sleep(0.1)
+        run.send_signal(signal.SIGINT)
+        start = time.time()
+        _, words = run.communicate(timeout=30)
+        self.assertLess(time.time() - start, 2)
+        self.assertEqual(run.returncode, 130)
+        self.assertIn("stopped", words)
+        self.assertNotIn("Traceback", words)
+        self.assertEqual([p.name for p in (self.folder / "run").iterdir()], ["log.jsonl"])
+
+
+if __name__ == "__main__":
+    program = unittest.main(exit=False)
+    failed = len(program.result.failures) + len(program.result.errors)
+    print(f"{program.result.testsRun - failed} passed, {failed} failed")
+    sys.exit(failed > 0)
