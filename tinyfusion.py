@@ -889,7 +889,7 @@ def train_classifier(data, device, steps=400, batch_size=64, on_step=None):
     return judge.eval(), (found == data.labels[held_out]).double().mean().item()
 
 
-def measure(models, data, judge, diffusion, samples, sampling, seed=0, batch_size=100, on_step=None):
+def measure(models, data, judge, diffusion, samples, sampling, seed=0, batch_size=50, on_step=None):
     """Draw `samples` images with each of `models`, a dict of names and models, from the same noise and labels, and compare
     them with all of `data`. The models take turns batch by batch, so that a busy machine slows all of them alike;
     images/s is the median batch's. Returns {name: row}, a row being a dict of plain numbers."""
@@ -1323,11 +1323,11 @@ FLAGS = [
     ("--batch-size N", COUNT, (64, 256), "teacher", "images per step"),
     ("--seed N", number(int, 0, 2 ** 31), 0, "teacher", "seed of everything random"),
     ("--ema X", number(float, 0, 0.999999), (0.99, 0.9999), "teacher", "decay of the average of the weights"),
-    ("--teacher-steps N", COUNT, (1500, 400_000), "teacher", "training steps (batches, not epochs) of the teacher"),
-    ("--teacher-lr X", RATE, (6e-3, 1e-4), "teacher", "the teacher's learning rate"),
+    ("--teacher-steps N", COUNT, (1200, 400_000), "teacher", "training steps (batches, not epochs) of the teacher"),
+    ("--teacher-lr X", RATE, (1e-2, 1e-4), "teacher", "the teacher's learning rate"),
     ("--groups N:M", str, "1:2", "learn", "keep N of every M blocks; or one N:M per group, as in 2:4,3:4,2:4"),
     ("--learn-steps N", COUNT, (300, 10_000), "learn", "steps of learning which blocks to keep"),
-    ("--logits-lr X", RATE, (1e-2, 1e-3), "learn", "learning rate of the mask's logits"),
+    ("--logits-lr X", RATE, (3e-3, 1e-3), "learn", "learning rate of the mask's logits"),
     ("--update HOW", ("lora", "full", "frozen"), "lora", "learn", "weight update that trains along: lora, full, frozen"),
     ("--rank N", COUNT, 8, "learn", "rank of the LoRA update; its alpha is twice that"),
     ("--learn-lr X", RATE, (1e-3, 1e-4), "learn", "learning rate of the weight update"),
@@ -1502,7 +1502,7 @@ def stage_measure(run):
     models = {"teacher": teacher, "pruned": prune(teacher, checkpoint["kept"]), "student": student}
     judge, judge_accuracy = train_classifier(run.data, run.device, on_step=progress("judge", 400))
     rows = measure(models, run.data, judge, run.diffusion, args.samples, run.sampling, args.seed,
-                   on_step=progress("measure", -(-args.samples // 100) * len(models)))
+                   on_step=progress("measure", -(-args.samples // 50) * len(models)))
     labels = torch.arange(20) % len(run.data.classes)
     real = torch.stack([run.data.images[run.data.labels == y][i // len(run.data.classes)] for i, y in enumerate(labels)])
     pictures = [("real images", real)]
