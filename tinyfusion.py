@@ -5,9 +5,9 @@ times. Half the blocks would be twice as fast on any hardware. But which half? D
 choices, and the obvious test, "drop what hurts least now", picks badly: the model is fine-tuned after pruning, so what
 counts is how well a choice *recovers*, and the loss right after pruning says little about that (the paper's Table 3).
 
-The method.  Search for the mask m and, at the same time, for the fine-tuning dPhi that would follow it:
+The method.  With weights Phi, search for the mask m and, at the same time, for the fine-tuning dPhi that would follow it:
 
-        min over m, dPhi of   E_x [ L(x, Phi + dPhi, m) ]         m in {0,1}^L, with the wanted number of ones
+        min over m and dPhi of   E_x [ loss(x; Phi + dPhi, m) ]       m in {0,1}^L, with the wanted number of ones
 
     pre-trained teacher            learning (Chapters 3, 4)                pruned               student
     L blocks                       groups of M, keep N                     L/2 blocks           recovered
@@ -19,7 +19,7 @@ The method.  Search for the mask m and, at the same time, for the fine-tuning dP
       |                            and a LoRA update of the weights        weights                   |
       +----------------------- masked knowledge distillation (Chapter 5) ----------------------------+
 
- 1. Each group of M blocks has a categorical distribution over its C(M,N) ways to keep N. Draws are made differentiable
+ 1. Each group of M blocks has a categorical distribution over its (M choose N) ways to keep N. Draws are made differentiable
     by the straight-through Gumbel-Softmax, so a plain optimiser learns the odds.
  2. While the odds are learned, a small shared LoRA update trains along: a mask is judged as if fine-tuning had begun.
  3. The likeliest mask is applied to the *original* weights; the LoRA update is thrown away.
@@ -33,14 +33,14 @@ How to run.
 
 Letters in the shape comments.
     B examples    T tokens    D width of a token    L blocks      K groups of blocks    N of M blocks kept in a group
-    C channels of an image or latent    H, W its height and width    P side of a patch    F width of a feature vector
+    C channels of an image or latent    H, W its height and width    P side of a patch    F (in shapes) features
 
 Chapters.
     1 The model: DiT           4 Recoverability: LoRA       7 Data                    10 The command line
     2 Diffusion                5 Recovery: masked KD        8 The training loop
     3 The layer sampler        6 Measuring                  9 Files and pictures
 The method is in Chapters 3, 4 and 5, some 150 lines of code; the rest feeds it or judges it. Every function takes what
-it needs as arguments, so it can be copied out with one or two others.
+it needs as arguments, so it can be copied out with the few that it calls.
 
 Source: Fang, Li, Ma, Wang, "TinyFusion: Diffusion Transformers Learned Shallow", arXiv:2412.01199. Written from the
 paper; MIT licence.
@@ -79,8 +79,8 @@ class UserError(Exception):
 # A diffusion transformer (Peebles & Xie, arXiv:2212.09748) cuts the noisy image into patches, makes each one a token,
 # and sends the tokens through L equal residual blocks. The timestep and the class enter every block as a shift, a scale
 # and a gate ("adaLN-Zero"). Every block maps (B, T, D) to (B, T, D) and adds to its input: that is why one can be
-# dropped without touching the others. Names, constructor and initialisation are the official repository's, so that
-# its checkpoints load with strict=True.
+# dropped without touching the others. Names, constructor and initialisation are the official repository's, and its
+# checkpoints load with strict=True.
 # ---------------------------------------------------------------------------------------------------------------------
 
 def modulate(x, shift, scale):
@@ -110,8 +110,8 @@ class LabelEmbedder(nn.Module):
 
     def __init__(self, num_classes, hidden_size, dropout_prob):
         super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
-        self.num_classes = num_classes           # also the null label; the official sampler writes 1000 for any model
+        self.embedding_table = nn.Embedding(num_classes + int(dropout_prob > 0), hidden_size)
+        self.num_classes = num_classes           # also the null label (the official sampler's 1000 fits ImageNet alone)
         self.dropout_prob = dropout_prob
 
     def token_drop(self, labels):
@@ -286,7 +286,7 @@ class DiT(nn.Module):
         hold the guided noise, and each its own remaining channels.
         """
         half = x[:len(x) // 2]
-        out = self.forward(torch.cat([half, half]), t, y)
+        out = self(torch.cat([half, half]), t, y)
         guided = min(cfg_channels or self.in_channels, self.in_channels)
         cond, uncond = out[:, :guided].chunk(2)
         eps = uncond + cfg_scale * (cond - uncond)
@@ -310,8 +310,9 @@ DiT_models = {                                   # DiT_models["DiT-XL/2"](input_
 #
 # Training: mix an image with noise, x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, and have the model predict the
 # noise. Sampling: start from noise and walk t down, each step removing a little of the predicted noise (DDPM,
-# arXiv:2006.11239). The variance of a step is learned too: the model's second half v interpolates, in log space,
-# between the smallest and the largest sensible value (arXiv:2102.09672). All numbers are the official code's.
+# arXiv:2006.11239). The variance of a step is learned too: v, the second half of the model's output channels,
+# interpolates in log space between the smallest and the largest sensible value (arXiv:2102.09672). The schedule and the
+# losses are the official code's.
 # ---------------------------------------------------------------------------------------------------------------------
 
 def mean_flat(x):
@@ -336,6 +337,12 @@ def discretized_gaussian_log_likelihood(x, mean, log_variance):
     return torch.log((upper - lower).clamp(min=1e-12))
 
 
+def autocast(device, dtype=None):
+    """A context in which matrix products run in `dtype`: by default bfloat16 on CUDA, and float32, unchanged, elsewhere."""
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return torch.autocast(device.type, dtype if dtype != torch.float32 else None, enabled=dtype != torch.float32)
+
+
 class GaussianDiffusion:
     """The noising process and everything computed from its schedule. betas (1000,) by default linear, 1e-4 to 2e-2.
 
@@ -357,8 +364,8 @@ class GaussianDiffusion:
             "sqrt_recip_abar": np.sqrt(1 / self.abar), "sqrt_recip_abar_minus_1": np.sqrt(1 / self.abar - 1),
             "posterior_x0": betas * np.sqrt(self.abar_prev) / (1 - self.abar),
             "posterior_xt": (1 - self.abar_prev) * np.sqrt(1 - betas) / (1 - self.abar),
-            "log_small": np.log(posterior_clipped), "log_large": np.log(betas),
-            "log_fixed": np.log(np.append(posterior_clipped[0], betas[1:])),
+            "log_small": np.log(posterior_clipped), "log_large": np.log(betas),             # the learned variance's ends
+            "log_fixed": np.log(np.append(posterior_clipped[0], betas[1:])),                # for models that learn none
         }
         self._table = {name: torch.tensor(values, dtype=torch.float32) for name, values in table.items()}
 
@@ -382,8 +389,8 @@ class GaussianDiffusion:
 
     def p_mean_variance(self, model_output, x_t, t, clip_denoised=False):
         """What the model's output (B, C or 2C, H, W) at x_t (B, C, H, W) says of the step to x_{t-1}: a dict of `mean`,
-        `log_variance`, `variance`, `eps` and `pred_xstart`, each (B, C, H, W). clip_denoised keeps the predicted image
-        in [-1, 1], right for pixels and wrong for latents."""
+        `variance`, `log_variance` and `pred_xstart`, each (B, C, H, W). clip_denoised keeps the predicted image in
+        [-1, 1], right for pixels and wrong for latents."""
         C = x_t.shape[1]
         eps, v = model_output[:, :C], model_output[:, C:]
         if v.shape[1] == C:                      # v in [-1, 1]: from the posterior variance up to beta, in log space
@@ -395,7 +402,7 @@ class GaussianDiffusion:
         if clip_denoised:
             x0 = x0.clamp(-1, 1)
         return {"mean": self._posterior_mean(x0, x_t, t), "log_variance": log_variance,
-                "variance": log_variance.exp(), "eps": eps, "pred_xstart": x0}
+                "variance": log_variance.exp(), "pred_xstart": x0}
 
     def training_losses(self, model, x0, t, y, noise=None):
         """Per-example losses of `model(x_t, t, y)`: a dict of `mse`, `vb` and `loss` = mse + vb, each (B,).
@@ -443,14 +450,13 @@ class GaussianDiffusion:
         return GaussianDiffusion(1 - abar / np.append(1.0, abar[:-1]), self.timestep_map[chosen])
 
     @torch.inference_mode()
-    def sample(self, model, y, draw, steps=250, guidance=1.0, eta=1.0, clip_denoised=False, cfg_channels=3,
-               on_step=None):
+    def sample(self, model, y, draw, steps=250, guidance=1.0, eta=1.0, clip_denoised=False, cfg_channels=3, dtype=None):
         """Images (B, C, H, W) of the classes y (B,), drawn by `model` (in eval mode).
 
         draw() returns fresh standard normal noise (B, C, H, W) on y's device at every call (`noise_source` in Chapter
         9 gives every image its own stream). eta: 1 is DDPM with the model's variance, 0 is DDIM, deterministic after
         the first draw, and between them is DDIM's sigma (arXiv:2010.02502, equation 16). guidance 1 asks the model
-        once a step, anything else twice, in one batch. on_step(i) is called after each step.
+        once a step, anything else twice, in one batch. dtype as in `autocast`.
         """
         process = self.respaced(steps)
         x = draw()
@@ -458,23 +464,22 @@ class GaussianDiffusion:
         for i in reversed(range(steps)):
             index = torch.full((1,), i, device=y.device)
             t = torch.full((1,), int(process.timestep_map[i]), device=y.device)     # one t for all: embedded once
-            if guidance == 1:
-                out = model(x, t, y)
-            else:
-                both = torch.cat([x, x]), t, torch.cat([y, null])
-                out = model.forward_with_cfg(*both, guidance, cfg_channels)[:len(x)]
-            p = process.p_mean_variance(out, x, index, clip_denoised)
+            with autocast(y.device, dtype):
+                if guidance == 1:
+                    out = model(x, t, y)
+                else:
+                    both = torch.cat([x, x]), t, torch.cat([y, null])
+                    out = model.forward_with_cfg(*both, guidance, cfg_channels)[:len(x)]
+            p = process.p_mean_variance(out.float(), x, index, clip_denoised)
             # One step for DDPM and DDIM: x_{t-1} = sqrt(abar') x0 + sqrt(1 - abar' - sigma^2) eps + sigma z, with
             # sigma = eta * the posterior's. At eta = 1 the first two terms are the posterior mean, and z gets the
             # learned variance.
             abar, abar_prev = process.abar[i], process.abar_prev[i]
             sigma = eta * math.sqrt(process.posterior_variance[i])
-            eps = (x - math.sqrt(abar) * p["pred_xstart"]) / math.sqrt(1 - abar)    # differs from out's when clipped
+            eps = (x - math.sqrt(abar) * p["pred_xstart"]) / math.sqrt(1 - abar)    # as x0 implies it, after clipping
             x = math.sqrt(abar_prev) * p["pred_xstart"] + math.sqrt(max(1 - abar_prev - sigma ** 2, 0)) * eps
             if eta > 0 and i > 0:
                 x = x + (torch.exp(0.5 * p["log_variance"]) if eta == 1 else sigma) * draw()
-            if on_step:
-                on_step(i)
         return x
 
 
@@ -483,41 +488,64 @@ class GaussianDiffusion:
 #
 # A mask says for every block whether it runs. Searching all C(28, 14) masks of DiT-XL is hopeless, so the blocks are cut
 # into K local groups of M consecutive ones, and each group keeps N of its own: p(m) = p(m_1) ... p(m_K), each a
-# categorical distribution over the C(M, N) candidates of its group. A draw is a discrete thing with no gradient; the
+# categorical distribution over the (M choose N) candidates of its group. A draw is a discrete thing with no gradient; the
 # Gumbel-Softmax (arXiv:1611.01144) draws it as the arg max of logits + Gumbel noise, and lets the gradient pass as if
 # the arg max had been a softmax of temperature tau. So one backward pass tells every logit, of candidates drawn or not,
 # whether the loss would have liked it more often.
 # ---------------------------------------------------------------------------------------------------------------------
 
 def masked_forward(blocks, x, *args, mask=None, hidden=()):
-    """Run residual blocks one after another, each example through the blocks its mask keeps:
+    """Run residual blocks one after another, each example through the blocks that its mask keeps:
 
         x <- m * block(x) + (1 - m) * x            so that dL/dm = <dL/dx_out, block(x) - x>
 
-    A dropped block is computed all the same while the mask is learned: how the loss would change if it were there is
-    exactly what its logit has to hear.
+    Computed as it stands, this runs every block forward and backward for every example, and multiplies what is dropped by
+    zero. The exact skip (`masked_block`) has the same values and gradients for less: where m = 0, nothing flows back
+    through the block, and its output is needed once, as a number, for dL/dm.
 
-    blocks: any sequence of modules that map (B, ...) to (B, ...) and get `*args` as well; mask (B, L) of zeros and ones,
-    or None to run all. Returns x and the list of outputs of the blocks whose numbers are in `hidden`, in depth order.
-    Raises ValueError if mask is not (B, L). Source: paper, section 3.2.
+    blocks: any sequence of modules that map (B, ...) to (B, ...), each example by itself; args: tensors (B, ...) that every
+    block gets too; mask (B, L) of zeros and ones (above and below one half), or None to run all. Returns x and the list of
+    outputs of the blocks whose numbers are in `hidden`, in depth order. A block that no example keeps gets no gradient
+    (None) where the formula gives zeros. Raises ValueError if mask is not (B, L).
+    Source: the paper's differentiable layer sampling; the skip is ours.
     """
-    if mask is not None and mask.shape != (len(x), len(blocks)):
-        raise ValueError(f"mask is {tuple(mask.shape)}, expected (examples, blocks) = {(len(x), len(blocks))}")
     features = []
+    if mask is not None:
+        if mask.shape != (len(x), len(blocks)):
+            raise ValueError(f"mask is {tuple(mask.shape)}, expected (examples, blocks) = {(len(x), len(blocks))}")
+        keep = mask.detach() > 0.5
+        rows = keep.byte().argsort(dim=0, descending=True, stable=True)      # (B, L): per block, its kept examples first
+        counts = keep.sum(0).tolist()            # the one synchronisation of a GPU per forward pass
     for i, block in enumerate(blocks):
-        out = block(x, *args)
         if mask is None:
-            x = out
+            x = block(x, *args)
         else:
-            m = mask[:, i].view(-1, *[1] * (x.dim() - 1))                    # (B, 1, 1)
-            x = m * out + (1 - m) * x
+            x = masked_block(block, x, args, mask[:, i], rows[:counts[i], i], rows[counts[i]:, i])
         if i in hidden:
             features.append(x)
     return x, features
 
 
+def masked_block(block, x, args, m, kept, dropped):
+    """One block of `masked_forward`: m (B,), and the numbers of the examples that keep and drop the block."""
+    out = x
+    if len(kept):
+        ours = block(x.index_select(0, kept), *(a.index_select(0, kept) for a in args))
+        out = x.index_copy(0, kept, ours.to(x.dtype))                        # (B, T, D), dropped rows as they were
+    if not (m.requires_grad and torch.is_grad_enabled()):
+        return out
+    change = (out - x).detach()                  # block(x) - x, so far of the kept rows; the dropped ones need no graph
+    if len(dropped):
+        with torch.no_grad():
+            before = x.index_select(0, dropped)
+            after = block(before, *(a.index_select(0, dropped) for a in args))
+            change.index_copy_(0, dropped, (after - before).to(x.dtype))
+    m = m.view(-1, *[1] * (x.dim() - 1))                                     # (B, 1, 1)
+    return out + (m - m.detach()) * change       # adds exactly 0, and gives m its gradient <dL/dx_out, change>
+
+
 def nm_masks(n, m):
-    """All ways to keep n of m blocks: a 0/1 matrix (C(m, n), m), `m_hat` of the paper's equation 5. Raises ValueError
+    """All ways to keep n of m blocks: a 0/1 matrix (C(m, n), m), the paper's `m_hat`. Raises ValueError
     unless 1 <= n <= m, or where the candidates are too many to learn."""
     if not 1 <= n <= m:
         raise ValueError(f"{n}:{m} is no group: expected N:M with 1 <= N <= M, to keep N of every M blocks")
@@ -534,14 +562,14 @@ def parse_groups(pattern, depth):
     if not re.fullmatch(r"\d+:\d+(,\d+:\d+)*", pattern):
         raise ValueError(f"groups {pattern!r}: not a list of N:M; write 1:2, or one N:M per group as in 2:4,3:4")
     groups = [tuple(int(number) for number in part.split(":")) for part in pattern.split(",")]
-    for n, m in groups:
-        nm_masks(n, m)                           # refuses what is no group
     total = sum(m for _, m in groups)
-    if len(groups) == 1 and depth % total == 0:
-        return groups * (depth // total)
-    if total != depth:
+    if len(groups) == 1 and total and depth % total == 0:
+        groups = groups * (depth // total)
+    elif total != depth:
         covers = f"groups of {total} do not divide" if len(groups) == 1 else f"its groups cover {total} blocks of"
         raise ValueError(f"groups {pattern!r}: {covers} a depth of {depth}; the Ms must add up to the depth")
+    for n, m in groups:
+        nm_masks(n, m)                           # refuses what is no group
     return groups
 
 
@@ -550,7 +578,7 @@ class LayerSampler(nn.Module):
 
     groups: [(N, M), ...] from the first block to the last, e.g. [(1, 2)] * 14. All candidates start equally likely. The
     logits are small numbers, multiplied by `scale` before the softmax: so that AdamW, whose steps have the size of the
-    learning rate, can move the odds quickly. Source: paper, section 3.2 and equations 4 to 6.
+    learning rate, can move the odds quickly. Source: the paper's differentiable layer sampling.
     """
 
     def __init__(self, groups):
@@ -566,7 +594,7 @@ class LayerSampler(nn.Module):
         parts = []
         for logits, candidates in zip(self.logits, self.candidates):
             soft = F.gumbel_softmax((logits * scale).expand(batch_size, -1), tau=tau)       # (B, C(M, N))
-            hard = F.one_hot(soft.argmax(1), len(logits)).to(soft.dtype)                    # y of equation 6
+            hard = F.one_hot(soft.argmax(1), len(logits)).to(soft.dtype)                    # the paper's y
             # Straight through: the value of `hard`, the gradient of `soft`. The brackets matter: soft - soft is exactly
             # 0, while (hard + soft) - soft, the order of F.gumbel_softmax(hard=True), is an ulp away from 0 and 1.
             y = hard + (soft - soft.detach())
@@ -596,13 +624,13 @@ class LayerSampler(nn.Module):
 # The loss of a masked, untouched model says how much dropping those blocks hurts now. We want the loss after the
 # fine-tuning to come: min over m of min over dPhi. So both are trained by the same gradient steps, the logits of the
 # mask and a weight update dPhi shared by all masks. dPhi is low-rank (LoRA, arXiv:2106.09685): about 0.9 % of DiT-XL's
-# parameters, cheap, and too weak to simply train the model away from its start. After learning it is thrown away.
+# parameters, and cheap. After learning it is thrown away.
 # ---------------------------------------------------------------------------------------------------------------------
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer with a trainable low-rank update: y = W x + b + (alpha / rank) B A x.
+    """A frozen linear layer with a trainable low-rank update: y = W x + b + (alpha / rank) lora_B lora_A x.
 
-    B starts at zero, so the layer starts as the one it wraps. lora_A (rank, in), lora_B (out, rank)."""
+    lora_A (rank, in), lora_B (out, rank). lora_B starts at zero, so the layer starts as the one it wraps."""
 
     def __init__(self, base, rank=8, alpha=16.0):
         super().__init__()
@@ -625,7 +653,7 @@ def add_lora(model, rank=8, alpha=16.0):
     added = []
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if type(child) is nn.Linear:
+            if type(child) is nn.Linear and not isinstance(module, LoRALinear):
                 wrapped = LoRALinear(child, rank, alpha)
                 setattr(module, name, wrapped)
                 added += [wrapped.lora_A, wrapped.lora_B]
@@ -642,7 +670,7 @@ def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=
     judged nearly as they will be used. Defaults are the paper's for DiT-XL.
     Works on a copy: `model` and its weights are left as they were. Returns the sampler and its history, a list of
     (step, keep_probability). on_step as in `train`. Raises ValueError for an unknown update.
-    Source: paper, equation 8 and section 3.3.
+    Source: the paper's joint optimisation of mask and recoverability.
     """
     if update not in ("lora", "full", "frozen"):
         raise ValueError(f"update {update!r}: expected lora, full or frozen")
@@ -652,6 +680,8 @@ def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=
     elif update == "frozen":
         model.requires_grad_(False)
     weights = [p for p in model.parameters() if p.requires_grad]
+    if not weights and update != "frozen":
+        raise ValueError("no weight of the model requires a gradient: nothing to update")
     device = next(model.parameters()).device
     sampler = LayerSampler(groups).to(device)
     history, every = [(0, sampler.keep_probability(scale).tolist())], max(1, steps // 200)
@@ -701,14 +731,14 @@ def masked_feature_loss(student, teacher, k=2.0):
     """Mean squared error of hidden states (B, T, D) over the positions where neither is an outlier, a scalar.
 
     A position is an outlier where |h - mean(h)| > k * std(h), mean and std over tokens and channels of one example.
-    What is left out has no influence, through its gradient either. k = inf leaves nothing out: plain feature KD.
-    Source: paper, section 3.4."""
+    What is left out is in neither the sum nor the gradient. k = inf leaves nothing out: plain feature KD.
+    Source: the paper's masked knowledge distillation."""
     def inlier(h):
         h = h.detach().float()
         deviation = (h - h.mean((1, 2), keepdim=True)).abs()
-        return ~(deviation > k * h.std((1, 2), keepdim=True))                # not <=: inf * 0 is no number
+        return ~(deviation > k * h.std((1, 2), keepdim=True))                # k = inf, std = 0: NaN must be an inlier
     both = inlier(student) & inlier(teacher)                                 # (B, T, D)
-    difference = torch.where(both, student - teacher.detach(), 0)            # where, not *: an outlier may be inf
+    difference = torch.where(both, student - teacher.detach(), 0)
     return difference.square().sum() / both.sum().clamp(min=1)
 
 
@@ -733,18 +763,20 @@ def recovery_loss(student, teacher, diffusion, x0, y, pairs, kd="masked", beta=1
 
     kd: "masked", the paper's; "feature", without the mask; "logits", the outputs alone; "none", plain fine-tuning. Labels
     are dropped here, once, so that both models are asked the same question: the student's own dropping must be off
-    (student.y_embedder.eval()). Source: paper, section 3.4."""
+    (student.y_embedder.eval()). Source: the paper's masked knowledge distillation."""
     t, noise = diffusion.sample_t(len(x0), x0.device), torch.randn_like(x0)
     x_t, y = diffusion.q_sample(x0, t, noise), student.y_embedder.token_drop(y)
     use_features = kd in ("masked", "feature")
     ours, theirs = zip(*pairs) if use_features else ((), ())
+    if any(list(side) != sorted(set(side)) for side in (ours, theirs)):
+        raise ValueError(f"pairs {pairs}: expected ascending block numbers on both sides, as from match_blocks")
     out, features = student(x_t, t, y, hidden=ours)
     denoising = diffusion.losses(out, x0, x_t, t, noise)["loss"].mean()
     if kd == "none":
         return denoising, {"denoising": denoising}
-    with torch.no_grad():
+    with torch.inference_mode(), autocast(x0.device):
         target, target_features = teacher(x_t, t, y, hidden=theirs)
-    distill = diffusion.distillation_losses(out, target, x_t, t).mean()
+    distill = diffusion.distillation_losses(out, target.float(), x_t, t).mean()
     loss, parts = 0.9 * distill + 0.1 * denoising, {"denoising": denoising, "kd": distill}
     if use_features:
         k = k if kd == "masked" else math.inf
@@ -785,9 +817,10 @@ def recover(student, teacher, diffusion, batches, pairs, steps, *, kd="masked", 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """Frechet distance of N(mu1, sigma1) and N(mu2, sigma2); mu (F,), sigma (F, F), symmetric. A float, at least 0.
 
-    sqrt(S1 S2) has the trace of the symmetric sqrt(R S2 R), R = sqrt(S1), whose eigenvalues are real and, but for
-    rounding, positive: so singular covariances (fewer samples than features) are no special case. Raises ValueError for
-    shapes that do not fit or values that are not finite. Source: arXiv:1706.08500, equation 6."""
+    With S1 = R R^T, sqrt(S1 S2) has the trace of the symmetric sqrt(R^T S2 R), whose eigenvalues are real and, but for
+    rounding, not negative: one symmetric eigenproblem instead of a general matrix square root, and nothing complex. R
+    is Cholesky's factor or, where S1 is singular (fewer samples than features), comes from its eigenvectors. Raises
+    ValueError for shapes that do not fit or values that are not finite. Source: arXiv:1706.08500, equation 6."""
     mu1, sigma1, mu2, sigma2 = (np.asarray(a, dtype=np.float64) for a in (mu1, sigma1, mu2, sigma2))
     if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape or sigma1.shape != mu1.shape * 2:
         raise ValueError(f"Frechet distance of means {mu1.shape}, {mu2.shape} and covariances {sigma1.shape}, "
@@ -798,10 +831,12 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     def roots(values):                           # of eigenvalues; those that are rounding errors of a zero count as zero
         return np.sqrt(np.where(values > len(values) * np.finfo(float).eps * values.max(), values, 0))
 
-    values, vectors = scipy.linalg.eigh(sigma1)
-    root = (vectors * roots(values)) @ vectors.T
-    cross = root @ sigma2 @ root
-    trace_of_root = roots(scipy.linalg.eigvalsh((cross + cross.T) / 2)).sum()
+    try:
+        factor = scipy.linalg.cholesky(sigma1, lower=True)
+    except scipy.linalg.LinAlgError:
+        values, vectors = scipy.linalg.eigh(sigma1)
+        factor = vectors * roots(values)
+    trace_of_root = roots(scipy.linalg.eigvalsh(factor.T @ sigma2 @ factor)).sum()
     distance = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace_of_root
     return max(float(distance), 0.0)
 
@@ -872,8 +907,8 @@ class Classifier(nn.Module):
 
 
 def train_classifier(data, device, steps=400, batch_size=64, on_step=None):
-    """Train the judge on nine tenths of `data` (an ImageSet); returns it and its accuracy on the rest. Its seed is fixed,
-    whatever the run's: models are to be measured with one measure."""
+    """Train the judge on nine tenths of `data` (an ImageSet); returns it and its accuracy on the rest. It sets torch's
+    seed to 0, whatever the run's: models are to be measured with one measure."""
     torch.manual_seed(0)
     held_out = torch.randperm(len(data.labels)) % 10 == 0
     judge = Classifier(data.images.shape[1], data.images.shape[2], len(data.classes)).to(device)
@@ -885,14 +920,14 @@ def train_classifier(data, device, steps=400, batch_size=64, on_step=None):
 
     train(judge, loss, steps, lr=1e-3, on_step=on_step)
     with torch.no_grad():
-        found = judge(to_float(data.images[held_out]).to(device)).argmax(1).cpu()
-    return judge.eval(), (found == data.labels[held_out]).double().mean().item()
+        found = [judge(to_float(images).to(device)).argmax(1).cpu() for images in data.images[held_out].split(256)]
+    return judge.eval(), (torch.cat(found) == data.labels[held_out]).double().mean().item()
 
 
-def measure(models, data, judge, diffusion, samples, sampling, seed=0, batch_size=50, on_step=None):
-    """Draw `samples` images with each of `models`, a dict of names and models, from the same noise and labels, and compare
-    them with all of `data`. The models take turns batch by batch, so that a busy machine slows all of them alike;
-    images/s is the median batch's. Returns {name: row}, a row being a dict of plain numbers."""
+def measure(models, data, judge, diffusion, samples, sampling, seed=0, batch_size=50, label="measure"):
+    """Draw `samples` images with each of `models`, a dict of names and models, from the same noise, labels in the shares of
+    `data`, and compare them with all of `data`. The models take turns batch by batch, so that a busy machine slows all of
+    them alike; images/s is the median batch's. Returns {name: row}, a row being a dict of plain numbers."""
     device = next(judge.parameters()).device
 
     @torch.no_grad()
@@ -901,31 +936,32 @@ def measure(models, data, judge, diffusion, samples, sampling, seed=0, batch_siz
         return features.cpu(), judge.head(features).softmax(1).cpu()
 
     real, real_features = FeatureStatistics(), []
-    for images in data.images.split(1024):
+    for images in data.images.split(256):
         real_features.append(look(images)[0])
         real.update(real_features[-1])
-    shape, labels = data.images.shape[1:], torch.arange(samples) % len(data.classes)
+    labels = data.labels.sort().values[torch.linspace(0, len(data.labels) - 1, samples).long()]
+    draw = functools.partial(sample_images, diffusion=diffusion, shape=data.images.shape[1:], seed=seed)
     seen = {name: {"stats": FeatureStatistics(), "features": [], "p": [], "seconds": []} for name in models}
-    batches = list(torch.arange(samples).split(batch_size))
-    for name, model in models.items():           # warm up before the clock runs
-        sample_images(model, diffusion, labels[:batch_size], range(batch_size), shape, seed, sampling | {"steps": 2})
-    for number, (index, (name, model)) in enumerate(itertools.product(batches, models.items())):
+    for model in models.values():                # warm up before the clock runs
+        draw(model, labels=labels[:batch_size].to(device), indices=range(batch_size), sampling=sampling | {"steps": 2})
+    turns = list(itertools.product(torch.arange(samples).split(batch_size), models))
+    report = progress(label, len(turns))
+    for turn, (index, name) in enumerate(turns):
         start = time.perf_counter()
-        images = sample_images(model, diffusion, labels[index].to(device), index.tolist(), shape, seed, sampling)
+        images = draw(models[name], labels=labels[index].to(device), indices=index.tolist(), sampling=sampling)
         seen[name]["seconds"].append((time.perf_counter() - start) / len(index))
         features, p = look(images)
         seen[name]["stats"].update(features)
         seen[name]["features"].append(features)
         seen[name]["p"].append(p)
-        if on_step:
-            on_step(number, {})
+        report(turn, {})
     rows = {}
     for name, s in seen.items():
-        p = torch.cat(s["p"])
+        p, n = torch.cat(s["p"]), min(len(data.labels), samples, 10_000)
         # Both manifolds from as many points: a denser set has smaller balls, which would favour the other.
-        n = min(len(data.labels), samples, 10_000)
-        spread = torch.linspace(0, len(data.labels) - 1, n).long()
-        precision, recall = precision_recall(torch.cat(real_features)[spread], torch.cat(s["features"])[:n])
+        of_real, of_fake = (all_[torch.linspace(0, len(all_) - 1, n).long()]
+                            for all_ in (torch.cat(real_features), torch.cat(s["features"])))
+        precision, recall = precision_recall(of_real, of_fake)
         rows[name] = {
             "depth": len(models[name].blocks), "parameters": sum(w.numel() for w in models[name].parameters()),
             "toy_fid": frechet_distance(real.mean, real.covariance, s["stats"].mean, s["stats"].covariance),
@@ -961,9 +997,10 @@ def toy_digits(n=5000, size=16, seed=0):
     """n grey images of the digits 0 to 9 in Pillow's own font, 80 to 95 % of the height, a little off centre. Raises
     UserError where Pillow was built without FreeType and so has no scalable font."""
     rng, S = np.random.default_rng(seed), 4 * size           # drawn four times as large, then averaged: smooth edges
-    fonts = [ImageFont.load_default(em) for em in np.linspace(0.8, 0.95, 7) * S / 0.71]     # a digit is 0.71 em high
-    if not isinstance(fonts[0], ImageFont.FreeTypeFont):
-        raise UserError("this Pillow has no scalable font (no FreeType in it); install it from PyPI: pip install pillow")
+    try:
+        fonts = [ImageFont.load_default(em) for em in np.linspace(0.8, 0.95, 7) * S / 0.71]     # a digit is 0.71 em high
+    except ImportError:
+        raise UserError("this Pillow has no scalable font (no FreeType); install it from PyPI: pip install pillow") from None
     images = np.zeros((n, 1, size, size), np.uint8)
     for i in range(n):
         canvas, font, digit = Image.new("L", (S, S)), fonts[rng.integers(len(fonts))], str(i % 10)
@@ -1005,7 +1042,7 @@ def image_folder(folder, size, at_least=1):
             except Exception as error:           # Pillow's decoders raise all kinds of errors on broken files
                 broken += 1
                 print(f"skipped {path}: {str(error) or type(error).__name__}", file=sys.stderr)
-        if label not in labels[-1:]:
+        if label not in labels[-1:]:             # labels end with that of the last image read
             raise UserError(f"--data {folder}: no readable image in class folder {name!r}; add some or remove the folder")
     if broken:
         print(f"skipped {broken} broken files of {broken + len(images)}", file=sys.stderr)
@@ -1023,12 +1060,14 @@ def read_image(path, size):
     with Image.open(path) as image:
         if image.mode.startswith("I;16"):        # 16 bits a pixel: Pillow's own conversion would clip, not scale
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise ValueError(f"pixels of mode {image.mode} have no known range; expected 8 or 16 bits")
         return np.asarray(center_crop(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"), size))
 
 
 def image_batches(images, labels, batch_size, seed, device="cpu", start=0):
-    """Endless batches (x, y), x (B, C, H, W) in [-1, 1], in a new order every epoch. The batch of a step depends on the
-    seed and the step alone, so a run can go on from any step `start`."""
+    """Endless batches (x, y), x (B, C, H, W) in [-1, 1], in a new order every epoch. A step's batch depends on the seed and
+    the number of the step, not on the steps before it: a run can go on from any step `start`."""
     per_epoch = max(1, len(images) // batch_size)
     for epoch in itertools.count(start // per_epoch):
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
@@ -1053,17 +1092,17 @@ class NonFiniteLoss(Exception):
         self.step, self.model = step, model
 
 
-def train(model, loss_fn, steps, *, params=None, lr=1e-4, final_lr_ratio=1.0, warmup=0, betas=(0.9, 0.999), clip=1.0,
+def train(model, loss_fn, steps, *, params=None, lr=1e-4, final_lr_ratio=1.0, warmup=0, clip=1.0,
           ema_decay=None, on_step=None):
     """Take `steps` steps of AdamW (no weight decay, gradients clipped to norm `clip`) on `model`, in place.
 
     loss_fn(step) returns the loss, a scalar, and a dict of more numbers to report. params: parameters or groups of them
     with rates of their own, by default all that require gradients. The rate rises linearly over `warmup` steps and falls
     along a cosine to `final_lr_ratio` times itself (1: constant). on_step(step, metrics) hears of every step. Returns
-    the exponential moving average of the model if ema_decay is given, else the model. Raises NonFiniteLoss before a
-    step that would spoil the weights."""
+    the exponential moving average of the model if ema_decay is given, else the model, in eval mode. Raises NonFiniteLoss
+    before a step that would spoil the weights."""
     params = list(params or [p for p in model.parameters() if p.requires_grad])
-    optimizer = torch.optim.AdamW(params, lr=lr, betas=betas, weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0, fused=True)
     weights = [p for group in optimizer.param_groups for p in group["params"]]
 
     def rate(step):
@@ -1086,7 +1125,7 @@ def train(model, loss_fn, steps, *, params=None, lr=1e-4, final_lr_ratio=1.0, wa
         schedule.step()
         if ema:
             ema.update_parameters(model)
-    return result
+    return result.eval()
 
 
 def progress(label, steps, log_file=None):
@@ -1118,8 +1157,8 @@ def progress(label, steps, log_file=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # Chapter 9. Files, sampling with seeds, and pictures
 #
-# Every file is written under another name and then renamed, so that a whole file or none is there, whenever the program
-# is stopped. Files are loaded as data, never as code.
+# Every result is written under another name and then renamed, so that a whole file or none is there, whenever the program
+# is stopped (log.jsonl alone grows line by line). Files are loaded as data, never as code.
 # ---------------------------------------------------------------------------------------------------------------------
 
 def open_folder(path):
@@ -1145,35 +1184,38 @@ def write_file(path, write):
         os.chmod(temporary, 0o644)               # mkstemp's are readable by their owner alone
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)
         raise
 
 
-def save_checkpoint(path, model, **more):
+def save_checkpoint(path, model, sampling, classes, **more):
     """A checkpoint with all that is needed to sample from it: `ema` (the weights, under official names), `config` (the
-    arguments of DiT) and whatever plain data is in `more`."""
-    content = {"ema": model.state_dict(), "config": model.config(), **more}
+    arguments of DiT), `sampling` (arguments of GaussianDiffusion.sample), `classes` (names), and more plain data."""
+    content = {"ema": model.state_dict(), "config": model.config(), "sampling": sampling, "classes": classes, **more}
     write_file(path, lambda file: torch.save(content, file))
 
 
-def load_checkpoint(path, device="cpu"):
-    """The model of a checkpoint written by `save_checkpoint`, in eval mode on `device`, and the checkpoint itself, a dict.
+def read_checkpoint(path):
+    """The content of a checkpoint written by `save_checkpoint`, a dict. Nothing in a file is ever run (weights_only=True).
 
-    Raises UserError, in one line, for a file that is missing, torn, foreign, or a pickle that would run code; nothing
-    in a file is ever run (torch.load with weights_only=True)."""
+    Raises UserError, in one line, for a file that is missing, torn, foreign, or a pickle that would run code."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"checkpoint {path}: {error.strerror or error}") from None
-    except pickle.UnpicklingError as error:
-        code = "GLOBAL" in str(error)            # the pickle names a class or function
+    except Exception as error:                   # torn archives end in RuntimeError, EOFError, UnpicklingError and others
+        code = isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error)      # it names a class or function
         raise UserError(f"checkpoint {path}: " + ("refused, it holds Python objects besides weights, which could run code; "
                         "nothing was run" if code else "not a PyTorch file, or only a part of one")) from None
-    except Exception as error:                   # torn archives end in RuntimeError, EOFError, ValueError and others
-        raise UserError(f"checkpoint {path}: not a PyTorch file, or only a part of one "
-                        f"({type(error).__name__})") from None
     if not isinstance(checkpoint, dict) or not {"ema", "config", "sampling", "classes"} <= checkpoint.keys():
         raise UserError(f"checkpoint {path}: not one of this program's; expected the entries ema, config, sampling, classes")
+    return checkpoint
+
+
+def load_checkpoint(path, device="cpu"):
+    """The model of a checkpoint, in eval mode on `device`, and the checkpoint itself. Raises UserError as `read_checkpoint`
+    does, and where weights and configuration disagree."""
+    checkpoint = read_checkpoint(path)
     try:
         model = DiT(**checkpoint["config"])
         model.load_state_dict(checkpoint["ema"], strict=True)
@@ -1189,16 +1231,18 @@ def noise_source(indices, shape, seed, device="cpu"):
     streams = [np.random.Generator(np.random.Philox(key=[seed, i])) for i in indices]
 
     def draw():
-        noise = np.stack([stream.standard_normal(tuple(shape), dtype=np.float32) for stream in streams])
-        return torch.from_numpy(noise).to(device, non_blocking=True)
+        noise = torch.from_numpy(np.stack([s.standard_normal(tuple(shape), dtype=np.float32) for s in streams]))
+        if torch.device(device).type == "cuda":  # from pinned memory the copy does not wait for the GPU
+            return noise.pin_memory().to(device, non_blocking=True)
+        return noise.to(device)
     return draw
 
 
-def sample_images(model, diffusion, labels, indices, shape, seed, sampling, on_step=None):
+def sample_images(model, diffusion, labels, indices, shape, seed, sampling):
     """uint8 images (B, C, H, W), on the CPU, of `labels` (B,), from the noise of images `indices` of `seed`. `sampling` is
     a dict of arguments of GaussianDiffusion.sample: steps, guidance, eta, clip_denoised."""
     draw = noise_source(indices[:len(labels)], shape, seed, labels.device)
-    return to_uint8(diffusion.sample(model, labels, draw, on_step=on_step, **sampling)).cpu()
+    return to_uint8(diffusion.sample(model, labels, draw, **sampling)).cpu()
 
 
 def image_grid(images, columns, cell=48):
@@ -1243,34 +1287,32 @@ def draw_samples(path, rows, labels):
 def draw_decisions(path, history, groups, kept):
     """decisions.png: the chance of every block to be kept (dark: kept) over the steps of learning. history: a list of
     (step, chances (L,)), from `learn_layers`."""
-    steps, chances = [step for step, _ in history], np.array([chance for _, chance in history]).T    # (L, points)
-    L, cell, width, left, top = len(chances), 26, 600, 70, 62
-    def colour(p):
-        return tuple(int(a + (b - a) * p) for a, b in zip((244, 246, 250), (18, 62, 130)))
-    sheet = Image.new("RGB", (left + width + 170, top + L * cell + 62), "white")
+    chances = np.array([chances for _, chances in history]).T                # (L, points)
+    cell, width, left, top, light, dark = 26, 600, 70, 62, (244, 246, 250), (18, 62, 130)
+    bottom, right = top + len(chances) * cell, left + width
+
+    def heat(p, size):                           # numbers from 0 to 1 as colours from light to dark
+        pixels = np.array(light) + np.array(p)[..., None] * (np.array(dark) - np.array(light))
+        return Image.fromarray(pixels.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
+
+    sheet = Image.new("RGB", (right + 170, bottom + 62), "white")
+    sheet.paste(heat(chances, (width, bottom - top)), (left, top))
+    sheet.paste(heat(np.linspace(1, 0, 100)[:, None], (16, bottom - top)), (right + 100, top))       # the scale
     draw = ImageDraw.Draw(sheet)
     text(draw, (left, 14), "Chance of every block to be kept while the mask is learned", size=18)
     text(draw, (left - 10, top - 8), "block", anchor="rs")
-    column = [int(x * (len(steps) - 1) / (width - 1) + 0.5) for x in range(width)]
-    for block in range(L):
+    for block in range(len(chances)):
         y = top + block * cell
-        for x in range(width):
-            draw.line((left + x, y + 1, left + x, y + cell - 2), fill=colour(chances[block, column[x]]))
+        draw.line((left, y, right, y), fill="white")
         text(draw, (left - 10, y + cell / 2), str(block), anchor="rm")
-        text(draw, (left + width + 10, y + cell / 2), "kept" if block in kept else "dropped", anchor="lm",
-             fill=(18, 62, 130) if block in kept else (150, 150, 150))
-    for edge in itertools.accumulate([m for _, m in groups], initial=0):                            # groups apart
-        draw.line((left - 34, top + edge * cell, left + width + 66, top + edge * cell), fill=(120, 120, 120))
-    for part in range(5):
-        x = left + part * (width - 1) / 4
-        draw.line((x, top + L * cell, x, top + L * cell + 6), fill=(40, 40, 40))
-        text(draw, (x, top + L * cell + 22), f"{steps[-1] * part / 4:.0f}", anchor="ms")
-    text(draw, (left + width / 2, top + L * cell + 46), "step of learning", anchor="ms")
-    bar, bottom = left + width + 100, top + L * cell
-    for y in range(top, bottom):
-        draw.line((bar, y, bar + 16, y), fill=colour(1 - (y - top) / (bottom - top)))
-    for value in (0, 0.5, 1):
-        text(draw, (bar + 24, bottom - value * (bottom - top)), f"{value:g}", anchor="lm")
+        text(draw, (right + 10, y + cell / 2), "kept" if block in kept else "dropped", anchor="lm",
+             fill=dark if block in kept else (150, 150, 150))
+    for edge in itertools.accumulate([m for _, m in groups], initial=0):     # a line between groups
+        draw.line((left - 34, top + edge * cell, right + 66, top + edge * cell), fill=(120, 120, 120))
+    for part in (0, 0.25, 0.5, 0.75, 1):
+        text(draw, (left + part * width, bottom + 20), f"{history[-1][0] * part:.0f}", anchor="ms")
+        text(draw, (right + 124, bottom - part * (bottom - top)), f"{part:g}", anchor="lm")
+    text(draw, (left + width / 2, bottom + 46), "step of learning", anchor="ms")
     write_png(path, sheet)
 
 
@@ -1314,8 +1356,8 @@ def stage_list(word):
 
 
 COUNT, RATE = number(int, 1), number(float, 1e-12)
-# Flag and placeholder; type, or the words allowed; default, a pair where the toy's differs from the paper's setting for
-# DiT-XL; the first stage whose result depends on it; help.
+# Flag and placeholder; type, or the words allowed; default, a pair where the toy's differs from that of the other models;
+# the first stage whose result depends on it; help.
 FLAGS = [
     ("--model NAME", tuple(DiT_models), "toy", "teacher", f"one of {', '.join(DiT_models)}"),
     ("--data DIR", str, None, "teacher", "folder of images, one sub-folder per class; without it, drawn digits"),
@@ -1340,7 +1382,7 @@ FLAGS = [
     ("--eta X", number(float, 0, 1), 1.0, "measure", "1 samples by DDPM, 0 by DDIM"),
     ("--stages LIST", stage_list, ",".join(RESULTS), None, "what to run; a stage left out must have its result in --out"),
     ("--out DIR", str, None, None, "folder of the results: runs/toy, or runs/NAME for --data NAME"),
-    ("--device NAME", str, None, None, "cpu, cuda, cuda:1 ...; without it, the first GPU if there is one"),
+    ("--device NAME", str, None, "measure", "cpu, cuda, cuda:1 ...; without it, the first GPU if there is one"),
 ]
 
 
@@ -1349,7 +1391,7 @@ def parse_args(argv=None):
     parser = Parser(prog="tinyfusion.py", formatter_class=argparse.RawDescriptionHelpFormatter, description=(
         "Train a diffusion transformer, learn which of its layers to keep, prune it, recover it and measure it.\n"
         "With no flag: drawn digits, on a laptop, into runs/toy. Of a default a / b, a is that of --model toy, and\n"
-        "b, the paper's setting for DiT-XL, that of every other model."))
+        "b that of every other model, where it can the paper's for DiT-XL."))
     for flag, kind, default, _, words in FLAGS:
         flag, placeholder = flag.split()
         shown = " / ".join(f"{d:g}" for d in default) if isinstance(default, tuple) else default
@@ -1386,8 +1428,10 @@ class Run:
 
     def __init__(self, args):
         self.args, self.device, self.out = args, pick_device(args.device), open_folder(args.out)
-        self.data = image_folder(args.data, args.image_size, at_least=max(20, args.batch_size)) if args.data else \
-            toy_digits(size=args.image_size)
+        self.data = image_folder(args.data, args.image_size, at_least=20) if args.data else toy_digits(size=args.image_size)
+        if args.batch_size > len(self.data.labels):
+            raise UserError(f"--batch-size {args.batch_size}: more than the {len(self.data.labels)} images; lower it")
+        args.device = str(self.device)
         args.data = f"{Path(args.data).resolve() if args.data else 'drawn digits'}, {len(self.data.labels)} images"
         self.groups = parse_groups(args.groups, DiT_models[args.model].keywords["depth"])
         self.diffusion = GaussianDiffusion()
@@ -1408,7 +1452,7 @@ class Run:
         if not path.exists():
             return False
         try:
-            made = (load_checkpoint(path)[1] if path.suffix == ".pt" else json.loads(path.read_text()))["settings"]
+            made = (read_checkpoint(path) if path.suffix == ".pt" else json.loads(path.read_text()))["settings"]
             different = [f"{flag} {made[flag]} (now {value})" for flag, value in self.settings(stage).items()
                          if made[flag] != value]
         except (ValueError, KeyError, TypeError):
@@ -1423,7 +1467,9 @@ class Run:
 
     def report(self, stage, steps):
         """The on_step of a stage. A stage that runs anew takes its old lines out of log.jsonl."""
-        log = self.out / "log.jsonl"
+        log, images = self.out / "log.jsonl", steps * self.args.batch_size
+        print(f"{stage}: {steps} steps of {self.args.batch_size} images = {images:,} images, "
+              f"{images / len(self.data.labels):.1f} epochs")
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []
         write_file(log, lambda file: file.write("".join(x for x in lines if f'"{stage}"' not in x).encode()))
         return progress(stage, steps, log)
@@ -1431,12 +1477,12 @@ class Run:
     def save_trained(self, stage, fit, **more):
         """Save the model that fit() trains as the stage's result. Where its loss is not finite, save the weights from before
         that as STAGE-stopped.pt and raise UserError."""
-        more |= {"settings": self.settings(stage), "sampling": self.sampling, "classes": self.data.classes}
+        more |= {"settings": self.settings(stage)}
         try:
-            save_checkpoint(self.path(stage), fit(), **more)
+            save_checkpoint(self.path(stage), fit(), self.sampling, self.data.classes, **more)
         except NonFiniteLoss as stop:
             rescued = self.out / f"{stage}-stopped.pt"
-            save_checkpoint(rescued, stop.model, **more)
+            save_checkpoint(rescued, stop.model, self.sampling, self.data.classes, **more)
             raise UserError(f"{stage} stopped: {stop}; the weights before it are in {rescued}; lower --{stage}-lr") from None
 
 
@@ -1501,10 +1547,9 @@ def stage_measure(run):
     student, checkpoint = load_checkpoint(run.path("recover"), run.device)
     models = {"teacher": teacher, "pruned": prune(teacher, checkpoint["kept"]), "student": student}
     judge, judge_accuracy = train_classifier(run.data, run.device, on_step=progress("judge", 400))
-    rows = measure(models, run.data, judge, run.diffusion, args.samples, run.sampling, args.seed,
-                   on_step=progress("measure", -(-args.samples // 50) * len(models)))
-    labels = torch.arange(20) % len(run.data.classes)
-    real = torch.stack([run.data.images[run.data.labels == y][i // len(run.data.classes)] for i, y in enumerate(labels)])
+    rows = measure(models, run.data, judge, run.diffusion, args.samples, run.sampling, args.seed)
+    labels, classes = torch.arange(20) % len(run.data.classes), [run.data.images[run.data.labels == y] for y in range(20)]
+    real = torch.stack([classes[y][i // len(run.data.classes) % len(classes[y])] for i, y in enumerate(labels)])
     pictures = [("real images", real)]
     for title, model in models.items():
         images = sample_images(model, run.diffusion, labels.to(run.device), range(20), real.shape[1:], args.seed, run.sampling)
@@ -1524,8 +1569,9 @@ def print_table(results):
               f"{row['precision']:11.3f}{row['recall']:8.3f}{row['images_per_second']:10.1f}"
               f"{row['images_per_second'] / rows['teacher']['images_per_second']:9.2f}x")
     print(f"\n{settings['--samples']} samples a model, {settings['--sample-steps']} steps, eta {settings['--eta']}, guidance "
-          f"{settings['--guidance']}, seed {settings['--seed']}. All but speed by the features of a small classifier trained on\n"
-          f"this data ({results['judge_accuracy']:.1%} right on held-out images): toy-FID cannot be compared with published FIDs.")
+          f"{settings['--guidance']}, seed {settings['--seed']}, on {settings['--device']}. All but speed by the features of a small\n"
+          f"classifier trained on this data ({results['judge_accuracy']:.1%} right on held-out images): toy-FID cannot be compared with "
+          "published FIDs.")
 
 
 def run_stages(args):
@@ -1543,6 +1589,7 @@ def run_stages(args):
             print(f"{stage}: {run.path(stage)} is there, made with these settings, and is reused")
         else:
             stages[stage](run)
+            finished = dict.fromkeys(finished, False)            # what came of an earlier result is made again
     if "measure" in args.stages:
         print_table(json.loads(run.path("measure").read_text()))
     print(f"\n{time.perf_counter() - start:.0f} s; results in {run.out}/")
@@ -1555,6 +1602,9 @@ def guarded(prog, body):
         return 0
     except (UserError, OSError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, torch.OutOfMemoryError):
+        print(f"{prog}: out of memory; lower --batch-size", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\n{prog}: stopped; the files that are there are whole", file=sys.stderr)
