@@ -2,7 +2,7 @@
 
     python sample.py --ckpt runs/toy/student.pt                          ten images of every class, as sample.png
     python sample.py --ckpt runs/toy/student.pt --labels 3,1,4 --num-images 30 --seed 7 --out pi.png
-    python sample.py --ckpt runs/toy/student.pt --num-images 50000 --npz samples.npz      an ADM batch, for any FID program
+    python sample.py --ckpt runs/toy/student.pt --num-images 5000 --npz a.npz         an ADM batch, for any FID program
 
 Image i of a seed is the same image whatever the batch size, on any device, but for the last bits of matrix products.
 How the checkpoint's own samples were drawn (steps, guidance, eta) is stored in it, and is the default here.
@@ -23,13 +23,13 @@ def parse_args(argv=None):
     """The flags as a namespace."""
     parser = Parser(prog="sample.py", description="Draw images from a checkpoint of tinyfusion.py.")
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint, e.g. runs/toy/student.pt")
-    parser.add_argument("--labels", metavar="LIST", help="class numbers, as in 3,1,4, repeated over the images (all in turn)")
+    parser.add_argument("--labels", metavar="LIST", help="class numbers in turn, as in 3,1,4 (all classes)")
     parser.add_argument("--num-images", type=number(int, 1), metavar="N", help="how many images (10 per label)")
-    parser.add_argument("--guidance", type=number(float, 0), metavar="X", help="guidance scale; 1 is without (the checkpoint's)")
+    parser.add_argument("--guidance", type=number(float, 0), metavar="X", help="guidance scale (the checkpoint's)")
     parser.add_argument("--steps", type=number(int, 2, 1000), metavar="N", help="sampling steps (the checkpoint's)")
     parser.add_argument("--eta", type=number(float, 0, 1), metavar="X", help="1 is DDPM, 0 is DDIM (the checkpoint's)")
     parser.add_argument("--seed", type=number(int, 0, 2 ** 31), default=0, metavar="N", help="seed of the noise (0)")
-    parser.add_argument("--batch-size", type=number(int, 1), default=100, metavar="N", help="images drawn at once (100)")
+    parser.add_argument("--batch-size", type=number(int, 1), default=100, metavar="N", help="images at once (100)")
     parser.add_argument("--out", default="sample.png", metavar="FILE", help="the grid of images (sample.png)")
     parser.add_argument("--npz", metavar="FILE", help="write an ADM batch instead: arr_0, uint8, (N, H, W, 3)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), metavar="NAME",
@@ -62,10 +62,10 @@ def run(args):
     if args.compile:
         model.compile()
     batches = torch.arange(N).split(args.batch_size)
-    report, parts = progress("images", len(batches)), []
+    report, parts, diffusion = progress("images", len(batches)), [], GaussianDiffusion()
+    shape = (model.in_channels, model.input_size, model.input_size)
     for done, index in enumerate(batches):
-        shape = (model.in_channels, model.input_size, model.input_size)
-        parts.append(sample_images(model, GaussianDiffusion(), labels[index], index.tolist(), shape, args.seed, sampling))
+        parts.append(sample_images(model, diffusion, labels[index], index.tolist(), shape, args.seed, sampling))
         report(done, {})
     images = torch.cat(parts)                                                # (N, C, H, W)
     if args.npz:
@@ -74,8 +74,8 @@ def run(args):
     else:
         columns = len(chosen) if 1 < len(chosen) <= 20 else math.ceil(math.sqrt(N))
         write_png(args.out, image_grid(images, columns))
-    print(f"{N} images, {', '.join(f'{name} {value}' for name, value in sampling.items() if value is not None)}, seed {args.seed}: "
-          f"{args.npz or args.out}")
+    settings = [f"{name} {value}" for name, value in sampling.items() if value is not None]
+    print(f"{N} images, {', '.join(settings)}, seed {args.seed}: {args.npz or args.out}")
 
 
 def main(argv=None):

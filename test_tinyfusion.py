@@ -1,8 +1,8 @@
 """The claims of tinyfusion.py, tested. Every test's name is a sentence that is true of the method or the program.
 
-    python test_tinyfusion.py            all of them
-    python test_tinyfusion.py Heart      one chapter;  -v shows the sentences
-    python test_tinyfusion.py --bench    no tests: how fast it is, against the plain versions that the tests compare with
+python test_tinyfusion.py            all of them
+python test_tinyfusion.py Heart      one chapter;  -v shows the sentences
+python test_tinyfusion.py --bench    no tests: how fast it is, against the plain versions that the tests compare with
 """
 
 import contextlib
@@ -37,8 +37,18 @@ HERE = Path(__file__).resolve().parent
 def tiny_dit(depth=4, **more):
     """A DiT that a test can afford, with weights that do something (the official start is the zero function)."""
     torch.manual_seed(0)
-    model = tf.DiT(**{"input_size": 8, "patch_size": 4, "in_channels": 1, "hidden_size": 16, "depth": depth, "num_heads": 2,
-                      "num_classes": 3, **more})
+    model = tf.DiT(
+        **{
+            "input_size": 8,
+            "patch_size": 4,
+            "in_channels": 1,
+            "hidden_size": 16,
+            "depth": depth,
+            "num_heads": 2,
+            "num_classes": 3,
+            **more,
+        }
+    )
     for p in model.parameters():
         if p.requires_grad:
             nn.init.normal_(p, std=0.2)
@@ -84,12 +94,12 @@ class Heart(unittest.TestCase):
             mask = sampler(n, tau=tau, scale=100.0)
             count = (mask[:, None] == tf.nm_masks(2, 4)).all(2).sum(0)
             chi2 = ((count - n * p) ** 2 / (n * p)).sum().item()
-            self.assertLess(chi2, 25.7)                          # 5 degrees of freedom, one false alarm in 10,000
+            self.assertLess(chi2, 25.7)  # 5 degrees of freedom, one false alarm in 10,000
             torch.testing.assert_close(mask.mean(0), sampler.keep_probability(100.0), atol=0.02, rtol=0)
 
     def test_kept_and_confidence_follow_the_likeliest_candidate(self):
         sampler = tf.LayerSampler([(1, 2), (2, 3)])
-        sampler.logits[0].data = torch.tensor([0.0, 0.03])       # candidates 10, 01
+        sampler.logits[0].data = torch.tensor([0.0, 0.03])  # candidates 10, 01
         sampler.logits[1].data = torch.tensor([0.0, 0.05, 0.0])  # candidates 110, 101, 011
         self.assertEqual(sampler.kept(), [1, 2, 4])
         e3, e5 = math.exp(3), math.exp(5)
@@ -101,23 +111,44 @@ class Heart(unittest.TestCase):
         for block in blocks:
             nn.init.normal_(block.adaLN_modulation[1].weight, std=0.3)
         mask = torch.randint(0, 2, (6, 5)).double()
-        mask[0], mask[1], mask[:, 2] = 1, 0, 0                   # all kept; all dropped; a block nobody keeps
+        mask[0], mask[1], mask[:, 2] = 1, 0, 0  # all kept; all dropped; a block nobody keeps
         x, c = torch.randn(6, 4, 8).double(), torch.randn(6, 8).double()
         results = []
-        for forward in (lambda x, c, m: tf.masked_forward(blocks, x, c, mask=m)[0],
-                        lambda x, c, m: dense_forward(blocks, x, m, c)):
+        for forward in (
+            lambda x, c, m: tf.masked_forward(blocks, x, c, mask=m)[0],
+            lambda x, c, m: dense_forward(blocks, x, m, c),
+        ):
             inputs = [a.clone().requires_grad_() for a in (x, c, mask)]
             out = forward(*inputs)
-            gradients = torch.autograd.grad(out.sin().sum(), inputs + list(blocks.parameters()), allow_unused=True,
-                                            materialize_grads=True)
+            gradients = torch.autograd.grad(
+                out.sin().sum(), inputs + list(blocks.parameters()), allow_unused=True, materialize_grads=True
+            )
             results.append([out, *gradients])
         for ours, dense in zip(*results):
             torch.testing.assert_close(ours, dense, rtol=1e-12, atol=1e-12)
 
+    def test_a_mask_an_ulp_away_from_zero_and_one_counts_as_zero_and_one(self):
+        blocks = [nn.Sequential(nn.Linear(3, 3), nn.Tanh()) for _ in range(3)]
+        x, mask = torch.randn(5, 3), torch.randint(0, 2, (5, 3)).float()
+        exact, _ = tf.masked_forward(blocks, x, mask=mask)
+        for near in (mask - 6e-8, mask + 1e-7, mask.bool()):
+            self.assertTrue(torch.equal(tf.masked_forward(blocks, x, mask=near)[0], exact))
+
+    def test_dropped_examples_run_without_a_graph_and_only_while_a_mask_is_learned(self):
+        block, rows = nn.Linear(3, 3), []
+        block.register_forward_hook(lambda module, args, out: rows.append((len(out), out.requires_grad)))
+        mask = torch.tensor([[1.0], [0], [1], [0], [0]])
+        tf.masked_forward([block], torch.randn(5, 3), mask=mask)
+        self.assertEqual(rows, [(2, True)])
+        rows.clear()
+        tf.masked_forward([block], torch.randn(5, 3), mask=mask.requires_grad_())
+        self.assertEqual(rows, [(2, True), (3, False)])
+
     def test_the_gradient_of_the_logits_is_the_softmax_jacobian_of_the_masks_gradient(self):
         torch.manual_seed(2)
-        sampler, blocks = tf.LayerSampler([(1, 2), (2, 3)]).double(), [nn.Sequential(nn.Linear(3, 3), nn.Tanh()).double()
-                                                                       for _ in range(5)]
+        sampler, blocks = tf.LayerSampler([(1, 2), (2, 3)]).double(), [
+            nn.Sequential(nn.Linear(3, 3), nn.Tanh()).double() for _ in range(5)
+        ]
         sampler.candidates = [c.double() for c in sampler.candidates]
         for logits in sampler.logits:
             nn.init.normal_(logits, std=0.01)
@@ -130,7 +161,7 @@ class Heart(unittest.TestCase):
         start = 0
         for logits, candidates in zip(sampler.logits, sampler.candidates):
             soft = F.gumbel_softmax((logits.detach() * scale).expand(7, -1), tau=tau)
-            v = mask.grad[:, start:start + candidates.shape[1]] @ candidates.T           # dL/dy (B, C(M, N))
+            v = mask.grad[:, start : start + candidates.shape[1]] @ candidates.T  # dL/dy (B, C(M, N))
             expected = scale / tau * (soft * (v - (soft * v).sum(1, keepdim=True))).sum(0)
             torch.testing.assert_close(logits.grad, expected)
             start += candidates.shape[1]
@@ -138,7 +169,7 @@ class Heart(unittest.TestCase):
     def test_the_masked_forward_works_on_any_residual_blocks(self):
         layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), 3).eval().layers
         x = torch.randn(2, 5, 8)
-        out, features = tf.masked_forward(layers, x, mask=torch.tensor([[1., 0, 1], [0, 0, 0]]), hidden=(0, 2))
+        out, features = tf.masked_forward(layers, x, mask=torch.tensor([[1.0, 0, 1], [0, 0, 0]]), hidden=(0, 2))
         torch.testing.assert_close(out[:1], layers[2](layers[0](x[:1])))
         torch.testing.assert_close(out[1], x[1])
         self.assertEqual(len(features), 2)
@@ -149,9 +180,18 @@ class Heart(unittest.TestCase):
         self.assertEqual(tf.parse_groups("1:2", 6), [(1, 2)] * 3)
         self.assertEqual(tf.parse_groups("2:4,1:2", 6), [(2, 4), (1, 2)])
         self.assertEqual(tf.parse_groups("7:14", 28), [(7, 14)] * 2)
-        for pattern, reason in (("2:4,3:4", "cover 8 blocks of a depth of 12"), ("1:5", "do not divide"), ("3:2", "expected"),
-                                ("0:2", "expected"), ("9000:18000", "do not divide"), ("1:0", "do not divide"), ("1-2", "not a list"), ("", "not a list"), ("1:2:3", "not a list"),
-                                ("14:28", "candidates")):
+        for pattern, reason in (
+            ("2:4,3:4", "cover 8 blocks of a depth of 12"),
+            ("1:5", "do not divide"),
+            ("3:2", "expected"),
+            ("0:2", "expected"),
+            ("9000:18000", "do not divide"),
+            ("1:0", "do not divide"),
+            ("1-2", "not a list"),
+            ("", "not a list"),
+            ("1:2:3", "not a list"),
+            ("14:28", "candidates"),
+        ):
             with self.assertRaisesRegex(ValueError, reason):
                 tf.parse_groups(pattern, 28 if pattern == "14:28" else 12)
 
@@ -182,12 +222,15 @@ class Heart(unittest.TestCase):
     def test_planted_useless_blocks_are_found_and_the_weights_left_alone(self):
         class Planted(nn.Module):
             """Six blocks: 1, 2 and 4 do the work, the others add junk; the pattern differs from group to group."""
+
             def __init__(self):
                 super().__init__()
                 self.blocks = nn.ModuleList([nn.Linear(4, 4, bias=False) for _ in range(6)])
                 for i, block in enumerate(self.blocks):
-                    block.weight.data = (2 * torch.eye(4) if i in (1, 2, 4) else
-                                         torch.eye(4) + 0.7 * torch.randn(4, 4)).contiguous()
+                    block.weight.data = (
+                        2 * torch.eye(4) if i in (1, 2, 4) else torch.eye(4) + 0.7 * torch.randn(4, 4)
+                    ).contiguous()
+
         for update in ("lora", "full", "frozen"):
             torch.manual_seed(3)
             model = Planted()
@@ -197,8 +240,9 @@ class Heart(unittest.TestCase):
                 x = torch.randn(32, 4)
                 return F.mse_loss(tf.masked_forward(m.blocks, x, mask=sample_mask(32))[0], 8 * x)
 
-            sampler, history = tf.learn_layers(model, loss_fn, [(1, 2), (1, 2), (1, 2)], 60, update=update, rank=1, lr=1e-3,
-                                               logits_lr=5e-3)
+            sampler, history = tf.learn_layers(
+                model, loss_fn, [(1, 2), (1, 2), (1, 2)], 60, update=update, rank=1, lr=1e-3, logits_lr=5e-3
+            )
             self.assertEqual(sampler.kept(), [1, 2, 4], update)
             self.assertGreater(sampler.confidence().min(), 0.9)
             self.assertEqual([history[0][0], history[-1][0]], [0, 60])
@@ -210,7 +254,7 @@ class Heart(unittest.TestCase):
         model, kept = tiny_dit(), [0, 3]
         x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([3, 900]), torch.tensor([0, 3])
         pruned = tf.prune(model, kept)
-        torch.testing.assert_close(pruned(x, t, y), model(x, t, y, mask=torch.tensor([[1., 0, 0, 1]] * 2)))
+        torch.testing.assert_close(pruned(x, t, y), model(x, t, y, mask=torch.tensor([[1.0, 0, 0, 1]] * 2)))
         self.assertEqual((pruned.config()["depth"], len(model.blocks)), (2, 4))
         with torch.no_grad():
             pruned.blocks[0].attn.qkv.weight.zero_()
@@ -250,8 +294,9 @@ class Recovery(unittest.TestCase):
 
     def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it(self):
         model, diffusion = tiny_dit(), tf.GaussianDiffusion()
-        _, parts = tf.recovery_loss(model, model, diffusion, torch.randn(4, 1, 8, 8), torch.zeros(4, dtype=torch.long),
-                                    [(1, 1), (3, 3)])
+        _, parts = tf.recovery_loss(
+            model, model, diffusion, torch.randn(4, 1, 8, 8), torch.zeros(4, dtype=torch.long), [(1, 1), (3, 3)]
+        )
         self.assertEqual((parts["kd"].item(), parts["features"].item()), (0, 0))
         self.assertGreater(parts["denoising"].item(), 0)
 
@@ -261,8 +306,11 @@ class Recovery(unittest.TestCase):
         for kd in tf.KD_MODES:
             torch.manual_seed(5)
             loss, parts = tf.recovery_loss(student, teacher, diffusion, x0, y, [(0, 1), (1, 3)], kd, beta=0.3)
-            expected = parts["denoising"] if kd == "none" else \
-                0.9 * parts["kd"] + 0.1 * parts["denoising"] + 0.3 * parts.get("features", 0)
+            expected = (
+                parts["denoising"]
+                if kd == "none"
+                else 0.9 * parts["kd"] + 0.1 * parts["denoising"] + 0.3 * parts.get("features", 0)
+            )
             torch.testing.assert_close(loss, expected)
             self.assertEqual("features" in parts, kd in ("masked", "feature"))
 
@@ -293,8 +341,17 @@ class Recovery(unittest.TestCase):
         for kd in ("masked", "feature", "logits"):
             torch.manual_seed(0)
             pruned = tf.prune(teacher, [0, 3])
-            student = tf.recover(copy.deepcopy(pruned), teacher, diffusion, batches(), [(0, 1), (1, 3)], 40, kd=kd, lr=1e-2,
-                                 ema_decay=0.9)
+            student = tf.recover(
+                copy.deepcopy(pruned),
+                teacher,
+                diffusion,
+                batches(),
+                [(0, 1), (1, 3)],
+                40,
+                kd=kd,
+                lr=1e-2,
+                ema_decay=0.9,
+            )
             self.assertLess(distance(student), 0.7 * distance(pruned), kd)
         self.assertTrue(all(torch.equal(a, b) for a, b in zip(before, teacher.parameters())))
         with self.assertRaisesRegex(ValueError, "expected one of"):
@@ -305,25 +362,47 @@ class Model(unittest.TestCase):
     """Chapter 1: DiT."""
 
     def test_presets_have_the_official_sizes_names_and_shapes(self):
-        sizes = {"DiT-XL/2": 675_129_632, "DiT-L/2": 458_102_816, "DiT-B/2": 130_512_416, "DiT-S/2": 32_963_360,
-                 "DiT-D19/2": 459_983_264, "DiT-D14/2": 340_457_504, "DiT-D7/2": 173_121_440}
+        sizes = {
+            "DiT-XL/2": 675_129_632,
+            "DiT-L/2": 458_102_816,
+            "DiT-B/2": 130_512_416,
+            "DiT-S/2": 32_963_360,
+            "DiT-D19/2": 459_983_264,
+            "DiT-D14/2": 340_457_504,
+            "DiT-D7/2": 173_121_440,
+        }
         for name, size in sizes.items():
             with torch.device("meta"):
                 model = tf.DiT_models[name]()
             self.assertEqual(sum(p.numel() for p in model.parameters()), size, name)
             if name == "DiT-XL/2":
                 shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-        block = {"attn.qkv.weight": (3456, 1152), "attn.qkv.bias": (3456,), "attn.proj.weight": (1152, 1152),
-                 "attn.proj.bias": (1152,), "mlp.fc1.weight": (4608, 1152), "mlp.fc1.bias": (4608,),
-                 "mlp.fc2.weight": (1152, 4608), "mlp.fc2.bias": (1152,),
-                 "adaLN_modulation.1.weight": (6912, 1152), "adaLN_modulation.1.bias": (6912,)}
+        block = {
+            "attn.qkv.weight": (3456, 1152),
+            "attn.qkv.bias": (3456,),
+            "attn.proj.weight": (1152, 1152),
+            "attn.proj.bias": (1152,),
+            "mlp.fc1.weight": (4608, 1152),
+            "mlp.fc1.bias": (4608,),
+            "mlp.fc2.weight": (1152, 4608),
+            "mlp.fc2.bias": (1152,),
+            "adaLN_modulation.1.weight": (6912, 1152),
+            "adaLN_modulation.1.bias": (6912,),
+        }
         expected = {f"blocks.{i}.{key}": shape for i in range(28) for key, shape in block.items()} | {
-            "pos_embed": (1, 256, 1152), "x_embedder.proj.weight": (1152, 4, 2, 2), "x_embedder.proj.bias": (1152,),
-            "t_embedder.mlp.0.weight": (1152, 256), "t_embedder.mlp.0.bias": (1152,),
-            "t_embedder.mlp.2.weight": (1152, 1152), "t_embedder.mlp.2.bias": (1152,),
+            "pos_embed": (1, 256, 1152),
+            "x_embedder.proj.weight": (1152, 4, 2, 2),
+            "x_embedder.proj.bias": (1152,),
+            "t_embedder.mlp.0.weight": (1152, 256),
+            "t_embedder.mlp.0.bias": (1152,),
+            "t_embedder.mlp.2.weight": (1152, 1152),
+            "t_embedder.mlp.2.bias": (1152,),
             "y_embedder.embedding_table.weight": (1001, 1152),
-            "final_layer.linear.weight": (32, 1152), "final_layer.linear.bias": (32,),
-            "final_layer.adaLN_modulation.1.weight": (2304, 1152), "final_layer.adaLN_modulation.1.bias": (2304,)}
+            "final_layer.linear.weight": (32, 1152),
+            "final_layer.linear.bias": (32,),
+            "final_layer.adaLN_modulation.1.weight": (2304, 1152),
+            "final_layer.adaLN_modulation.1.bias": (2304,),
+        }
         self.assertEqual(shapes, expected)
 
     def test_a_new_model_is_zero_and_its_blocks_the_identity(self):
@@ -347,11 +426,11 @@ class Model(unittest.TestCase):
         def silu(h):
             return h / (1 + torch.exp(-h))
 
-        patches = torch.stack([x[:, :, i:i + P, j:j + P] for i in (0, 4) for j in (0, 4)], 1)             # (B, T, C, P, P)
+        patches = torch.stack([x[:, :, i : i + P, j : j + P] for i in (0, 4) for j in (0, 4)], 1)  # (B, T, C, P, P)
         h = torch.einsum("btcpq,dcpq->btd", patches, w["x_embedder.proj.weight"]) + w["x_embedder.proj.bias"]
         position = torch.zeros(4, D).double()
         for token in range(4):
-            for half, place in ((0, token % 2), (8, token // 2)):                        # column first, then row
+            for half, place in ((0, token % 2), (8, token // 2)):  # column first, then row
                 for k in range(4):
                     angle = place / 10000 ** (k / 4)
                     position[token, half + k], position[token, half + 4 + k] = math.sin(angle), math.cos(angle)
@@ -366,14 +445,16 @@ class Model(unittest.TestCase):
             p = (torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(D // heads)).softmax(-1)
             h = h + g1 * linear(torch.einsum("bhts,bshd->bthd", p, v).reshape(3, 4, D), f"blocks.{i}.attn.proj")
             u = linear(norm(h) * (1 + k2) + s2, f"blocks.{i}.mlp.fc1")
-            u = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u ** 3)))
+            u = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
             h = h + g2 * linear(u, f"blocks.{i}.mlp.fc2")
         shift, scale = linear(silu(c), "final_layer.adaLN_modulation.1")[:, None].split(D, -1)
         h = linear(norm(h) * (1 + scale) + shift, "final_layer.linear").view(3, 2, 2, P, P, 4)
         expected = torch.zeros(3, 4, 8, 8).double()
         for row in range(2):
             for column in range(2):
-                expected[:, :, row * P:row * P + P, column * P:column * P + P] = h[:, row, column].permute(0, 3, 1, 2)
+                expected[:, :, row * P : row * P + P, column * P : column * P + P] = h[:, row, column].permute(
+                    0, 3, 1, 2
+                )
         # the timestep's frequencies are float32 in the official code and in ours
         model.t_embedder.float()
         with torch.no_grad():
@@ -393,7 +474,7 @@ class Model(unittest.TestCase):
         x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([500]), torch.tensor([0, 1, 3, 3])
         for C, channels, guided in ((4, 3, 3), (4, None, 4), (1, 3, 1), (1, None, 1)):
             model = tiny_dit(in_channels=C)
-            both = torch.cat([x[:, :C], torch.full_like(x[:, :C], 7.0)])             # the second half is not read
+            both = torch.cat([x[:, :C], torch.full_like(x[:, :C], 7.0)])  # the second half is not read
             out = model.forward_with_cfg(both, t, y, 4.0, cfg_channels=channels)
             cond, null = model(x[:, :C], t, y[:2]), model(x[:, :C], t, y[2:])
             torch.testing.assert_close(out[:2, :guided], (null + 4 * (cond - null))[:, :guided])
@@ -432,17 +513,21 @@ class Diffusion(unittest.TestCase):
     def test_a_perfect_model_has_the_posterior_of_bayes_rule(self):
         """q(x_{t-1} | x_t, x0) from the product of two Gaussians; v = -1 and 1 are its variance and beta."""
         x_t = self.d.q_sample(self.x0, self.t, self.noise)
-        for v, in ((-1.0,), (1.0,), (0.3,)):
+        for (v,) in ((-1.0,), (1.0,), (0.3,)):
             p = self.d.p_mean_variance(torch.cat([self.noise, torch.full_like(self.noise, v)], 1), x_t, self.t)
             for i, t in enumerate(self.t.tolist()):
                 if t == 0:
                     continue
                 precision = (1 - self.beta[t]) / self.beta[t] + 1 / (1 - self.abar[t - 1])
-                mean = (math.sqrt(1 - self.beta[t]) / self.beta[t] * x_t[i]
-                        + math.sqrt(self.abar[t - 1]) / (1 - self.abar[t - 1]) * self.x0[i]) / precision
+                mean = (
+                    math.sqrt(1 - self.beta[t]) / self.beta[t] * x_t[i]
+                    + math.sqrt(self.abar[t - 1]) / (1 - self.abar[t - 1]) * self.x0[i]
+                ) / precision
                 torch.testing.assert_close(p["mean"][i], mean, rtol=1e-4, atol=2e-4)
                 variance = math.exp((1 - v) / 2 * math.log(1 / precision) + (1 + v) / 2 * math.log(self.beta[t]))
-                torch.testing.assert_close(p["variance"][i], torch.full_like(p["variance"][i], variance), rtol=1e-4, atol=0)
+                torch.testing.assert_close(
+                    p["variance"][i], torch.full_like(p["variance"][i], variance), rtol=1e-4, atol=0
+                )
             torch.testing.assert_close(p["pred_xstart"][:4], self.x0[:4], rtol=1e-3, atol=1e-3)
 
     def test_losses_are_the_mean_squared_error_and_the_kl_in_bits(self):
@@ -452,8 +537,10 @@ class Diffusion(unittest.TestCase):
         x_t = self.d.q_sample(self.x0, self.t, self.noise)
         p = self.d.p_mean_variance(torch.cat([eps, v], 1), x_t, self.t)
         true = self.d.p_mean_variance(torch.cat([self.noise, -torch.ones_like(v)], 1), x_t, self.t)
-        kl = torch.distributions.kl_divergence(torch.distributions.Normal(true["mean"], true["variance"].sqrt()),
-                                               torch.distributions.Normal(p["mean"], p["variance"].sqrt()))
+        kl = torch.distributions.kl_divergence(
+            torch.distributions.Normal(true["mean"], true["variance"].sqrt()),
+            torch.distributions.Normal(p["mean"], p["variance"].sqrt()),
+        )
         torch.testing.assert_close(losses["vb"][1:], kl.mean((1, 2, 3))[1:] / math.log(2), rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(losses["loss"], losses["mse"] + losses["vb"])
 
@@ -461,7 +548,7 @@ class Diffusion(unittest.TestCase):
         levels = torch.arange(256) / 127.5 - 1
         for mean, std in ((0.1, 0.05), (-0.99, 0.02), (0.4, 0.5)):
             log_p = tf.discretized_gaussian_log_likelihood(levels, torch.tensor(mean), torch.tensor(2 * math.log(std)))
-            self.assertAlmostEqual(log_p.double().exp().sum().item(), 1, places=4)       # 256 bins share the mass
+            self.assertAlmostEqual(log_p.double().exp().sum().item(), 1, places=4)  # 256 bins share the mass
             normal = torch.distributions.Normal(mean, std)
             exact = normal.cdf(levels + 1 / 255) - normal.cdf(levels - 1 / 255)
             torch.testing.assert_close(log_p.exp()[1:-1], exact[1:-1], atol=5e-4, rtol=0)
@@ -498,6 +585,7 @@ class Diffusion(unittest.TestCase):
 
         class Exact(nn.Module):
             num_classes = 1
+
             def forward(self, x, t, y):
                 a = float(d.abar[t.item()])
                 eps = math.sqrt(1 - a) * (x - math.sqrt(a) * mu) / (a * s * s + 1 - a)
@@ -521,6 +609,16 @@ class Diffusion(unittest.TestCase):
         torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-4)
         first, second = (self.d.sample(model, y, lambda: noises[0], steps=7, eta=0.0) for _ in range(2))
         self.assertTrue(torch.equal(first, second))
+
+    def test_sampling_in_bfloat16_draws_nearly_the_same_images(self):
+        noises = [torch.randn(4, 1, 8, 8) for _ in range(5)]
+        images = []
+        for dtype in (torch.float32, torch.bfloat16):
+            queue = iter(noises)
+            images.append(self.d.sample(tiny_dit(), torch.arange(4) % 3, lambda: next(queue), steps=5, dtype=dtype))
+        self.assertEqual(images[1].dtype, torch.float32)
+        off = (images[1] - images[0]).norm() / images[0].norm()
+        self.assertTrue(0 < off < 0.05, off)
 
     def test_guidance_one_asks_the_model_once_and_others_in_one_batch(self):
         model, sizes = tiny_dit(), []
@@ -554,7 +652,7 @@ class Measuring(unittest.TestCase):
 
     def test_the_frechet_distance_of_singular_covariances_is_real_and_right(self):
         rng = np.random.default_rng(2)
-        low = rng.normal(size=(5, 40))                           # 5 samples in 40 dimensions
+        low = rng.normal(size=(5, 40))  # 5 samples in 40 dimensions
         s = np.cov(low.T)
         self.assertAlmostEqual(tf.frechet_distance(np.zeros(40), s, np.ones(40), 4 * s), 40 + np.trace(s), places=5)
         self.assertAlmostEqual(tf.frechet_distance(np.zeros(3), np.zeros((3, 3)), np.zeros(3), np.eye(3)), 3)
@@ -578,7 +676,7 @@ class Measuring(unittest.TestCase):
         real = torch.cat([torch.randn(200, 4), torch.randn(200, 4) + 50])
         self.assertEqual(tf.precision_recall(real, real), (1, 1))
         self.assertEqual(tf.precision_recall(real, real + 1000), (0, 0))
-        precision, recall = tf.precision_recall(real, torch.randn(400, 4) * 0.9)         # one of two modes
+        precision, recall = tf.precision_recall(real, torch.randn(400, 4) * 0.9)  # one of two modes
         self.assertTrue(precision > 0.8 and 0.3 < recall <= 0.5, (precision, recall))
         with self.assertRaisesRegex(ValueError, "need more than"):
             tf.precision_recall(real[:3], real)
@@ -602,7 +700,7 @@ class Data(unittest.TestCase):
         a, b = tf.toy_digits(100), tf.toy_digits(100)
         self.assertTrue(torch.equal(a.images, b.images))
         self.assertEqual((a.images.shape, len(a.classes)), ((100, 1, 16, 16), 10))
-        ink = (a.images > 64).any(3).sum((1, 2))                 # rows with ink
+        ink = (a.images > 64).any(3).sum((1, 2))  # rows with ink
         self.assertTrue((ink >= 12).all() and (ink <= 16).all())
         self.assertTrue(a.images[:, :, 0].float().mean() < 60)
 
@@ -614,8 +712,9 @@ class Data(unittest.TestCase):
     def test_a_folder_of_grey_images_is_grey_and_of_colour_images_rgb(self):
         self.make("L")
         data = tf.image_folder(self.folder, 8)
-        self.assertEqual((data.images.shape, data.labels.tolist(), data.classes),
-                         ((6, 1, 8, 8), [0, 0, 0, 1, 1, 1], ["a", "b"]))
+        self.assertEqual(
+            (data.images.shape, data.labels.tolist(), data.classes), ((6, 1, 8, 8), [0, 0, 0, 1, 1, 1], ["a", "b"])
+        )
         self.make("RGB")
         self.assertEqual(tf.image_folder(self.folder, 8).images.shape, (12, 3, 8, 8))
 
@@ -688,8 +787,15 @@ class Training(unittest.TestCase):
 
     def test_the_rate_warms_up_and_falls_along_a_cosine(self):
         model, rates = nn.Linear(1, 1), []
-        tf.train(model, lambda step: (model.weight.square().sum(), {}), 100, lr=1.0, final_lr_ratio=0.5, warmup=10,
-                 on_step=lambda step, metrics: rates.append(metrics["lr"]))
+        tf.train(
+            model,
+            lambda step: (model.weight.square().sum(), {}),
+            100,
+            lr=1.0,
+            final_lr_ratio=0.5,
+            warmup=10,
+            on_step=lambda step, metrics: rates.append(metrics["lr"]),
+        )
         self.assertAlmostEqual(rates[0], 1 / 11, places=5)
         self.assertAlmostEqual(rates[50], 0.75, places=5)
         self.assertAlmostEqual(rates[99], 0.5, places=3)
@@ -697,13 +803,24 @@ class Training(unittest.TestCase):
     def test_matched_pairs_out_of_order_are_refused(self):
         model = tiny_dit()
         with self.assertRaisesRegex(ValueError, "ascending"):
-            tf.recovery_loss(model, model, tf.GaussianDiffusion(), torch.randn(2, 1, 8, 8), torch.zeros(2, dtype=torch.long),
-                             [(0, 3), (1, 1)])
+            tf.recovery_loss(
+                model,
+                model,
+                tf.GaussianDiffusion(),
+                torch.randn(2, 1, 8, 8),
+                torch.zeros(2, dtype=torch.long),
+                [(0, 3), (1, 1)],
+            )
 
     def test_the_average_of_the_weights_is_exponential(self):
         model, seen = nn.Linear(1, 1, bias=False), []
-        ema = tf.train(model, lambda step: (seen.append(model.weight.item()), model.weight.sum())[1:] + ({},), 4, lr=0.1,
-                       ema_decay=0.9)
+        ema = tf.train(
+            model,
+            lambda step: (seen.append(model.weight.item()), model.weight.sum())[1:] + ({},),
+            4,
+            lr=0.1,
+            ema_decay=0.9,
+        )
         seen = seen[1:] + [model.weight.item()]
         expected = seen[0]
         for weight in seen[1:]:
@@ -743,6 +860,7 @@ class Files(unittest.TestCase):
         class Attack:
             def __reduce__(self):
                 return os.mkdir, (str(folder / "attacked"),)
+
         folder, good = self.folder, torch.load(self.path, weights_only=True)
         torch.save({"ema": Attack()}, folder / "attack.pt")
         torch.save(good["ema"], folder / "plain.pt")
@@ -751,9 +869,17 @@ class Files(unittest.TestCase):
         (folder / "torn.pt").write_bytes(self.path.read_bytes()[:-2000])
         (folder / "noise.pt").write_bytes(os.urandom(500))
         (folder / "empty.pt").write_bytes(b"")
-        for name, reason in (("missing.pt", "No such file"), ("attack.pt", "refused"), ("plain.pt", "expected the entries"),
-                             ("depth.pt", "disagree"), ("config.pt", "disagree"), ("torn.pt", "part of one"),
-                             ("noise.pt", "part of one"), ("empty.pt", "part of one"), (".", "directory")):
+        for name, reason in (
+            ("missing.pt", "No such file"),
+            ("attack.pt", "refused"),
+            ("plain.pt", "expected the entries"),
+            ("depth.pt", "disagree"),
+            ("config.pt", "disagree"),
+            ("torn.pt", "part of one"),
+            ("noise.pt", "part of one"),
+            ("empty.pt", "part of one"),
+            (".", "directory"),
+        ):
             with self.assertRaisesRegex(tf.UserError, reason) as caught:
                 tf.load_checkpoint(folder / name)
             self.assertNotIn("\n", str(caught.exception))
@@ -764,12 +890,29 @@ class Files(unittest.TestCase):
         for size in ("6", "4", "1"):
             out = self.folder / f"{size}.npz"
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                self.assertEqual(sample.main(["--ckpt", str(self.path), "--num-images", "6", "--batch-size", size, "--npz",
-                                              str(out), "--seed", "3", "--guidance", "2"]), 0)
+                self.assertEqual(
+                    sample.main(
+                        [
+                            "--ckpt",
+                            str(self.path),
+                            "--num-images",
+                            "6",
+                            "--batch-size",
+                            size,
+                            "--npz",
+                            str(out),
+                            "--seed",
+                            "3",
+                            "--guidance",
+                            "2",
+                        ]
+                    ),
+                    0,
+                )
             batches.append(np.load(out, allow_pickle=False)["arr_0"].astype(int))
         self.assertEqual((batches[0].shape, batches[0].min() >= 0), ((6, 8, 8, 3), True))
         self.assertGreater(batches[0].std(), 1)
-        for other in batches[1:]:                                # a rounding may tip a pixel by one level of 255
+        for other in batches[1:]:  # a rounding may tip a pixel by one level of 255
             self.assertLessEqual(abs(batches[0] - other).max(), 1)
 
 
@@ -786,26 +929,48 @@ def status_and_words(main, arguments):
 class CommandLine(unittest.TestCase):
     """Chapter 10."""
 
-    TINY = ["--teacher-steps", "3", "--learn-steps", "3", "--recover-steps", "3", "--samples", "10", "--sample-steps", "2",
-            "--batch-size", "8", "--device", "cpu"]
+    TINY = [
+        "--teacher-steps",
+        "3",
+        "--learn-steps",
+        "3",
+        "--recover-steps",
+        "3",
+        "--samples",
+        "10",
+        "--sample-steps",
+        "2",
+        "--batch-size",
+        "8",
+        "--device",
+        "cpu",
+    ]
 
     def setUp(self):
         self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
 
     def run_tiny(self, *more):
-        return subprocess.run([sys.executable, HERE / "tinyfusion.py", *self.TINY, "--out", self.folder / "run", *more],
-                              capture_output=True, text=True, timeout=300)
+        return subprocess.run(
+            [sys.executable, HERE / "tinyfusion.py", *self.TINY, "--out", self.folder / "run", *more],
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
 
     def test_one_command_tells_the_whole_story_and_the_next_one_reuses_it(self):
         first = self.run_tiny()
         self.assertEqual(first.returncode, 0, first.stderr)
         run = self.folder / "run"
-        self.assertEqual({p.name for p in run.iterdir()}, {"teacher.pt", "layers.json", "student.pt", "results.json",
-                                                           "log.jsonl", "decisions.png", "samples.png"})
+        self.assertEqual(
+            {p.name for p in run.iterdir()},
+            {"teacher.pt", "layers.json", "student.pt", "results.json", "log.jsonl", "decisions.png", "samples.png"},
+        )
         for words in ("teacher", "pruned", "student", "toy-FID", "speed-up", "guidance 1.5"):
             self.assertIn(words, first.stdout)
-        self.assertEqual({json.loads(line)["stage"] for line in (run / "log.jsonl").read_text().splitlines()},
-                         {"teacher", "learn", "recover"})
+        self.assertEqual(
+            {json.loads(line)["stage"] for line in (run / "log.jsonl").read_text().splitlines()},
+            {"teacher", "learn", "recover"},
+        )
         student = torch.load(run / "student.pt", weights_only=True)
         self.assertEqual((len(student["kept"]), student["config"]["depth"]), (6, 6))
         for name in ("decisions.png", "samples.png"):
@@ -820,8 +985,20 @@ class CommandLine(unittest.TestCase):
         fourth = self.run_tiny("--recover-steps", "4")
         self.assertIn("--recover-steps 3 (now 4)", fourth.stderr)
         self.assertEqual(before, {p.name: p.stat().st_mtime_ns for p in run.iterdir()})
-        drawn = subprocess.run([sys.executable, HERE / "sample.py", "--ckpt", run / "student.pt", "--out",
-                                self.folder / "grid.png", "--labels", "3,1"], capture_output=True, text=True)
+        drawn = subprocess.run(
+            [
+                sys.executable,
+                HERE / "sample.py",
+                "--ckpt",
+                run / "student.pt",
+                "--out",
+                self.folder / "grid.png",
+                "--labels",
+                "3,1",
+            ],
+            capture_output=True,
+            text=True,
+        )
         self.assertEqual(drawn.returncode, 0, drawn.stderr)
         status, words = status_and_words(sample.main, ["--ckpt", str(run / "student.pt"), "--labels", "3,10"])
         self.assertEqual((status, words.count("\n")), (2, 1))
@@ -850,14 +1027,24 @@ class CommandLine(unittest.TestCase):
         (self.folder / "file").write_text("x")
         (self.folder / "empty").mkdir()
         for arguments, reason in (
-                (["--teacher-steps", "0"], "expected a whole number of at least 1"), (["--learn-steps", "-5"], "at least 1"),
-                (["--samples", "x"], "expected a whole number"), (["--guidance", "nan"], "expected a number"),
-                (["--groups", "1:5"], "do not divide a depth of 12"), (["--groups", "two"], "not a list of N:M"),
-                (["--model", "DiT-Q"], "choose from"), (["--kd", "x"], "choose from"), (["--stages", "x"], "expected some of"),
-                (["--image-size", "18"], "no multiple"), (["--device", "cuda:77"], "not on this machine"),
-                (["--device", "banana"], "not on this machine"), (["--out", str(self.folder / "file" / "x")], "cannot be written"),
-                (["--data", str(self.folder / "nothing")], "no such folder"), (["--data", str(self.folder / "empty")], "class folder"),
-                (["--batch-size", "6000"], "more than the 5000 images"), (["--nonsense"], "unrecognized")):
+            (["--teacher-steps", "0"], "expected a whole number of at least 1"),
+            (["--learn-steps", "-5"], "at least 1"),
+            (["--samples", "x"], "expected a whole number"),
+            (["--guidance", "nan"], "expected a number"),
+            (["--groups", "1:5"], "do not divide a depth of 12"),
+            (["--groups", "two"], "not a list of N:M"),
+            (["--model", "DiT-Q"], "choose from"),
+            (["--kd", "x"], "choose from"),
+            (["--stages", "x"], "expected some of"),
+            (["--image-size", "18"], "no multiple"),
+            (["--device", "cuda:77"], "not on this machine"),
+            (["--device", "banana"], "not on this machine"),
+            (["--out", str(self.folder / "file" / "x")], "cannot be written"),
+            (["--data", str(self.folder / "nothing")], "no such folder"),
+            (["--data", str(self.folder / "empty")], "class folder"),
+            (["--batch-size", "6000"], "more than the 5000 images"),
+            (["--nonsense"], "unrecognized"),
+        ):
             status, words = status_and_words(tf.main, ["--out", str(self.folder / "run"), *arguments])
             self.assertEqual((status, words.count("\n")), (2, 1), (arguments, words))
             self.assertIn(reason, words)
@@ -872,8 +1059,12 @@ class CommandLine(unittest.TestCase):
         self.assertFalse((self.folder / "teacher.pt").exists())
 
     def test_ctrl_c_ends_within_two_seconds_with_whole_files_only(self):
-        run = subprocess.Popen([sys.executable, HERE / "tinyfusion.py", "--out", self.folder / "run", "--device", "cpu"],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        run = subprocess.Popen(
+            [sys.executable, HERE / "tinyfusion.py", "--out", self.folder / "run", "--device", "cpu"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         log, limit = self.folder / "run" / "log.jsonl", time.time() + 60
         while time.time() < limit and not (log.exists() and log.read_text()):
             time.sleep(0.1)
@@ -889,6 +1080,7 @@ class CommandLine(unittest.TestCase):
 
 # The benchmark. What is timed is what is tested: the dense oracle above against the exact skip, and so on.
 
+
 def race(jobs, rounds, device):
     """(median seconds, spread = (max - min) / median) of each of `jobs`, a dict of functions. They take turns, so that a busy
     machine slows all of them alike; the first turn is not counted."""
@@ -900,14 +1092,18 @@ def race(jobs, rounds, device):
             if device.type == "cuda":
                 torch.cuda.synchronize()
             times[name].append(time.perf_counter() - start)
-    return {name: (float(np.median(t[1:])), float((max(t[1:]) - min(t[1:])) / np.median(t[1:]))) for name, t in times.items()}
+    return {
+        name: (float(np.median(t[1:])), float((max(t[1:]) - min(t[1:])) / np.median(t[1:])))
+        for name, t in times.items()
+    }
 
 
 def saved_megabytes(forward, model):
     """What forward() saves for its backward pass, each storage once, the weights of `model` not counted."""
     weights, saved = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
     with torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor: (saved.update({tensor.untyped_storage().data_ptr(): tensor}), tensor)[1], lambda tensor: tensor):
+        lambda tensor: (saved.update({tensor.untyped_storage().data_ptr(): tensor}), tensor)[1], lambda tensor: tensor
+    ):
         loss = forward()
     del loss
     return sum(t.untyped_storage().nbytes() for pointer, t in saved.items() if pointer not in weights) / 1e6
@@ -921,7 +1117,15 @@ def block_flops(model, batch):
 
 def bench_learning(model, x0, y, rounds, rate):
     """The learning step with the dense formula and with the exact skip: forward, backward, AdamW."""
-    diffusion, device, L, jobs, forwards, models, flops = tf.GaussianDiffusion(), x0.device, len(model.blocks), {}, {}, {}, {}
+    diffusion, device, L, jobs, forwards, models, flops = (
+        tf.GaussianDiffusion(),
+        x0.device,
+        len(model.blocks),
+        {},
+        {},
+        {},
+        {},
+    )
 
     def dense(blocks, x, *args, mask, hidden):
         return dense_forward(blocks, x, mask, *args), []
@@ -947,22 +1151,30 @@ def bench_learning(model, x0, y, rounds, rate):
             key = update, n, m, name
             forwards[key], models[key] = functools.partial(forward, learner, sampler, version), learner
             jobs[key] = functools.partial(step, forwards[key], optimizer)
-            back = 1 if update == "lora" else 2                  # a backward pass in forward passes
+            back = 1 if update == "lora" else 2  # a backward pass in forward passes
             flops[key] = L * block_flops(model, len(x0)) * (1 + (back if name == "dense" else n / m * back))
     times, rows = race(jobs, rounds, device), {}
     for update, n, m in cases:
         row = {}
         for name in ("dense", "skip"):
             key = update, n, m, name
-            row |= {f"{name}_seconds": times[key][0], f"{name}_spread": times[key][1],
-                    f"{name}_saved_MB": saved_megabytes(forwards[key], models[key]),
-                    f"{name}_share_of_matmul": flops[key] / times[key][0] / rate}
-        row |= {"ratio": row["dense_seconds"] / row["skip_seconds"], "memory": row["skip_saved_MB"] / row["dense_saved_MB"]}
+            row |= {
+                f"{name}_seconds": times[key][0],
+                f"{name}_spread": times[key][1],
+                f"{name}_saved_MB": saved_megabytes(forwards[key], models[key]),
+                f"{name}_share_of_matmul": flops[key] / times[key][0] / rate,
+            }
+        row |= {
+            "ratio": row["dense_seconds"] / row["skip_seconds"],
+            "memory": row["skip_saved_MB"] / row["dense_saved_MB"],
+        }
         rows[f"{update} {n}:{m}"] = row
-        print(f"learn {update} {n}:{m}  dense {row['dense_seconds']:.3f} s ({row['dense_spread']:.0%}), skip "
-              f"{row['skip_seconds']:.3f} s ({row['skip_spread']:.0%}): {row['ratio']:.2f}x; saved {row['dense_saved_MB']:.0f} and "
-              f"{row['skip_saved_MB']:.0f} MB: {row['memory']:.2f}; {row['dense_share_of_matmul']:.0%} and "
-              f"{row['skip_share_of_matmul']:.0%} of matmul")
+        print(
+            f"learn {update} {n}:{m}  dense {row['dense_seconds']:.3f} s ({row['dense_spread']:.0%}), skip "
+            f"{row['skip_seconds']:.3f} s ({row['skip_spread']:.0%}): {row['ratio']:.2f}x; saved {row['dense_saved_MB']:.0f} and "
+            f"{row['skip_saved_MB']:.0f} MB: {row['memory']:.2f}; {row['dense_share_of_matmul']:.0%} and "
+            f"{row['skip_share_of_matmul']:.0%} of matmul"
+        )
     return rows
 
 
@@ -983,31 +1195,49 @@ def bench_recovery(model, student, x0, y, pairs, rounds):
 
 def bench_sampling(model, student, x0, y, rounds, rate, steps=3):
     """Sampling by teacher and student without guidance, in float32 and in bfloat16."""
+
     def draw(net, dtype):
         tf.GaussianDiffusion().sample(net, y, lambda: torch.randn_like(x0), steps=steps, dtype=dtype)
 
     nets = {"teacher": model, "student": student}
-    times = race({(name, dtype): functools.partial(draw, net, dtype) for dtype in (torch.float32, torch.bfloat16)
-                  for name, net in nets.items()}, rounds, x0.device)
+    times = race(
+        {
+            (name, dtype): functools.partial(draw, net, dtype)
+            for dtype in (torch.float32, torch.bfloat16)
+            for name, net in nets.items()
+        },
+        rounds,
+        x0.device,
+    )
     speed = {key: len(x0) * steps / seconds / 250 for key, (seconds, _) in times.items()}
     ideal, rows = len(model.blocks) / len(student.blocks), {}
     for dtype in (torch.float32, torch.bfloat16):
         ratio = speed["student", dtype] / speed["teacher", dtype]
         share = len(model.blocks) * block_flops(model, len(x0)) * steps / times["teacher", dtype][0] / rate
         name = str(dtype).removeprefix("torch.")
-        rows[name] = {"teacher_images_per_second": speed["teacher", dtype], "student_images_per_second": speed["student", dtype],
-                      "spread": max(times[net, dtype][1] for net in nets), "ratio": ratio, "ratio_over_ideal": ratio / ideal,
-                      "teacher_share_of_float32_matmul": share}
-        print(f"sample {name:9} teacher {speed['teacher', dtype]:.3f}, student {speed['student', dtype]:.3f} images/s at 250 steps "
-              f"({rows[name]['spread']:.0%}): {ratio:.2f}x, {ratio / ideal:.2f} of the ideal; {share:.0%} of float32 matmul")
+        rows[name] = {
+            "teacher_images_per_second": speed["teacher", dtype],
+            "student_images_per_second": speed["student", dtype],
+            "spread": max(times[net, dtype][1] for net in nets),
+            "ratio": ratio,
+            "ratio_over_ideal": ratio / ideal,
+            "teacher_share_of_float32_matmul": share,
+        }
+        print(
+            f"sample {name:9} teacher {speed['teacher', dtype]:.3f}, student {speed['student', dtype]:.3f} images/s at 250 steps "
+            f"({rows[name]['spread']:.0%}): {ratio:.2f}x, {ratio / ideal:.2f} of the ideal; {share:.0%} of float32 matmul"
+        )
     return rows
 
 
 def bench_frechet():
     """The Frechet distance at 2048 features against the general matrix square root."""
     rng, found = np.random.default_rng(0), []
-    (m1, s1), (m2, s2) = ((x.mean(0), np.cov(x.T)) for x in (rng.normal(size=(6000, 2048)) * rng.uniform(0.5, 2, 2048),
-                                                              rng.normal(size=(6000, 2048)) + 0.1))
+    (m1, s1), (m2, s2) = (
+        (x.mean(0), np.cov(x.T))
+        for x in (rng.normal(size=(6000, 2048)) * rng.uniform(0.5, 2, 2048), rng.normal(size=(6000, 2048)) + 0.1)
+    )
+
     def general():
         found.append(((m1 - m2) ** 2).sum() + np.trace(s1 + s2 - 2 * scipy.linalg.sqrtm(s1 @ s2).real))
 
@@ -1016,17 +1246,26 @@ def bench_frechet():
 
     cpu = torch.device("cpu")
     (slow, _), (fast, spread) = race({"": general}, 1, cpu)[""], race({"": ours}, 3, cpu)[""]
-    row = {"sqrtm_seconds": slow, "seconds": fast, "spread": spread, "ratio": slow / fast,
-           "relative_difference": abs(found[-1] / found[0] - 1)}
-    print(f"Frechet distance  sqrtm {slow:.2f} s, ours {fast:.2f} s ({spread:.0%}): {row['ratio']:.1f}x, relative difference "
-          f"{row['relative_difference']:.0e}")
+    row = {
+        "sqrtm_seconds": slow,
+        "seconds": fast,
+        "spread": spread,
+        "ratio": slow / fast,
+        "relative_difference": abs(found[-1] / found[0] - 1),
+    }
+    print(
+        f"Frechet distance  sqrtm {slow:.2f} s, ours {fast:.2f} s ({spread:.0%}): {row['ratio']:.1f}x, relative difference "
+        f"{row['relative_difference']:.0e}"
+    )
     return row
 
 
 def bench(arguments):
     """Time what tinyfusion.py claims to be fast, in one process and interleaved; medians, and in brackets their spread."""
     parser = tf.Parser(prog="test_tinyfusion.py --bench", description=bench.__doc__)
-    parser.add_argument("--model", choices=tuple(tf.DiT_models), default="DiT-S/2", metavar="NAME", help="shapes (DiT-S/2)")
+    parser.add_argument(
+        "--model", choices=tuple(tf.DiT_models), default="DiT-S/2", metavar="NAME", help="shapes (DiT-S/2)"
+    )
     parser.add_argument("--batch-size", type=tf.number(int, 2), default=8, metavar="N", help="examples per step (8)")
     parser.add_argument("--rounds", type=tf.number(int, 1), default=3, metavar="N", help="timed rounds (3)")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda ... (the first GPU if there is one)")
@@ -1035,25 +1274,40 @@ def bench(arguments):
     device = tf.pick_device(args.device)
     torch.manual_seed(0)
     model = tf.DiT_models[args.model]().to(device).eval()
-    for p in model.parameters():                                 # the official start is the zero function
+    for p in model.parameters():  # the official start is the zero function
         if p.requires_grad and not p.any():
             nn.init.normal_(p, std=0.02)
     shape = (args.batch_size, model.in_channels, model.input_size, model.input_size)
-    x0, y, kept = torch.randn(shape, device=device), torch.arange(args.batch_size, device=device), list(range(0, len(model.blocks), 2))
+    x0, y, kept = (
+        torch.randn(shape, device=device),
+        torch.arange(args.batch_size, device=device),
+        list(range(0, len(model.blocks), 2)),
+    )
     student, pairs = tf.prune(model, kept), tf.match_blocks([(1, 2)] * len(kept), kept)
     rates = {}
-    for dtype in (torch.float32, torch.bfloat16):                # the machine's own rate
+    for dtype in (torch.float32, torch.bfloat16):  # the machine's own rate
         a = torch.randn(2048, 2048, device=device).to(dtype)
-        rates[dtype] = 8 * 2048 ** 3 / race({"": lambda: [a @ a for _ in range(4)]}, args.rounds, device)[""][0]
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU with {torch.get_num_threads()} threads"
-    print(f"{args.model}, batch {args.batch_size}, {machine}, torch {torch.__version__}, medians of {args.rounds} rounds; matmul "
-          f"{rates[torch.float32] / 1e9:.0f} GFLOP/s in float32, {rates[torch.bfloat16] / 1e9:.0f} in bfloat16")
+        rates[dtype] = 8 * 2048**3 / race({"": lambda: [a @ a for _ in range(4)]}, args.rounds, device)[""][0]
+    machine = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU with {torch.get_num_threads()} threads"
+    )
+    print(
+        f"{args.model}, batch {args.batch_size}, {machine}, torch {torch.__version__}, medians of {args.rounds} rounds; matmul "
+        f"{rates[torch.float32] / 1e9:.0f} GFLOP/s in float32, {rates[torch.bfloat16] / 1e9:.0f} in bfloat16"
+    )
     rate = rates[torch.float32]
-    result = {"model": args.model, "batch_size": args.batch_size, "machine": machine, "torch": torch.__version__,
-              "rounds": args.rounds, "matmul_flops_per_second": {str(dtype): value for dtype, value in rates.items()},
-              "learn": bench_learning(model, x0, y, args.rounds, rate),
-              "recover": bench_recovery(model, student, x0, y, pairs, args.rounds),
-              "sample": bench_sampling(model, student, x0, y, args.rounds, rate), "frechet": bench_frechet()}
+    result = {
+        "model": args.model,
+        "batch_size": args.batch_size,
+        "machine": machine,
+        "torch": torch.__version__,
+        "rounds": args.rounds,
+        "matmul_flops_per_second": {str(dtype): value for dtype, value in rates.items()},
+        "learn": bench_learning(model, x0, y, args.rounds, rate),
+        "recover": bench_recovery(model, student, x0, y, pairs, args.rounds),
+        "sample": bench_sampling(model, student, x0, y, args.rounds, rate),
+        "frechet": bench_frechet(),
+    }
     tf.write_file(args.json, lambda file: file.write(json.dumps(result, indent=1).encode()))
     return 0
 

@@ -5,7 +5,7 @@ times. Half the blocks would be twice as fast on any hardware. But which half? D
 choices, and the obvious test, "drop what hurts least now", picks badly: the model is fine-tuned after pruning, so what
 counts is how well a choice *recovers*, and the loss right after pruning says little about that (the paper's Table 3).
 
-The method.  With weights Phi, search for the mask m and, at the same time, for the fine-tuning dPhi that would follow it:
+The method.  With weights Phi, search for the mask m together with the fine-tuning dPhi that would follow it:
 
         min over m and dPhi of   E_x [ loss(x; Phi + dPhi, m) ]       m in {0,1}^L, with the wanted number of ones
 
@@ -19,8 +19,8 @@ The method.  With weights Phi, search for the mask m and, at the same time, for 
       |                            and a LoRA update of the weights        weights                   |
       +----------------------- masked knowledge distillation (Chapter 5) ----------------------------+
 
- 1. Each group of M blocks has a categorical distribution over its (M choose N) ways to keep N. Draws are made differentiable
-    by the straight-through Gumbel-Softmax, so a plain optimiser learns the odds.
+ 1. Each group of M blocks has a categorical distribution over its (M choose N) ways to keep N. Draws are made
+    differentiable by the straight-through Gumbel-Softmax, so a plain optimiser learns the odds.
  2. While the odds are learned, a small shared LoRA update trains along: a mask is judged as if fine-tuning had begun.
  3. The likeliest mask is applied to the *original* weights; the LoRA update is thrown away.
  4. The shallow student recovers by imitating the teacher's output and, where they are not outliers, its hidden states.
@@ -202,12 +202,12 @@ def sincos_pos_embed(dim, grid_size):
     frequencies = 1 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
     angles = torch.arange(grid_size, dtype=torch.float64)[:, None] * frequencies            # (grid, dim / 4)
     line = torch.cat([angles.sin(), angles.cos()], dim=1)                                   # (grid, dim / 2)
-    columns, rows = line.repeat(grid_size, 1), line.repeat_interleave(grid_size, dim=0)     # token = row * grid + column
+    columns, rows = line.repeat(grid_size, 1), line.repeat_interleave(grid_size, dim=0)     # tokens are row by row
     return torch.cat([columns, rows], dim=1).float()
 
 
 class DiT(nn.Module):
-    """Diffusion transformer. Default arguments are DiT-XL/2 on 32x32 latents of 256x256 images (675,129,632 parameters).
+    """Diffusion transformer. The defaults are DiT-XL/2 on 32x32 latents of 256x256 images: 675,129,632 parameters.
 
     input_size: height and width of the input; patch_size: side of a patch in its pixels; learn_sigma: the output has a
     second half of channels for the variance. Raises ValueError where sizes do not divide.
@@ -252,7 +252,7 @@ class DiT(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def config(self):
-        """The constructor's arguments as they are now (pruning changes the depth): DiT(**model.config()) is its twin."""
+        """The constructor's arguments as they are now: pruning changes the depth. DiT(**model.config()) is a twin."""
         names = ("input_size", "patch_size", "in_channels", "hidden_size", "num_heads", "mlp_ratio",
                  "class_dropout_prob", "num_classes", "learn_sigma")
         return {name: getattr(self, name) for name in names} | {"depth": len(self.blocks)}
@@ -327,8 +327,8 @@ def normal_kl(mean1, log_variance1, mean2, log_variance2):
 
 
 def discretized_gaussian_log_likelihood(x, mean, log_variance):
-    """log P(x), elementwise, of pixels in [-1, 1] in steps of 2/255: the Gaussian's mass in the pixel's bin, open at the
-    two ends. The tanh form of the normal CDF is the official one; the exact CDF would change its numbers."""
+    """log P(x), elementwise, of pixels in [-1, 1] in steps of 2/255: the Gaussian's mass in the pixel's bin, open at
+    the two ends. The tanh form of the normal CDF is the official one; the exact CDF would change its numbers."""
     def cdf(z):
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z ** 3)))
     inv_std = torch.exp(-0.5 * log_variance)
@@ -338,7 +338,7 @@ def discretized_gaussian_log_likelihood(x, mean, log_variance):
 
 
 def autocast(device, dtype=None):
-    """A context in which matrix products run in `dtype`: by default bfloat16 on CUDA, and float32, unchanged, elsewhere."""
+    """A context in which matrix products run in `dtype`: by default bfloat16 on CUDA, and elsewhere float32."""
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     return torch.autocast(device.type, dtype if dtype != torch.float32 else None, enabled=dtype != torch.float32)
 
@@ -364,8 +364,8 @@ class GaussianDiffusion:
             "sqrt_recip_abar": np.sqrt(1 / self.abar), "sqrt_recip_abar_minus_1": np.sqrt(1 / self.abar - 1),
             "posterior_x0": betas * np.sqrt(self.abar_prev) / (1 - self.abar),
             "posterior_xt": (1 - self.abar_prev) * np.sqrt(1 - betas) / (1 - self.abar),
-            "log_small": np.log(posterior_clipped), "log_large": np.log(betas),             # the learned variance's ends
-            "log_fixed": np.log(np.append(posterior_clipped[0], betas[1:])),                # for models that learn none
+            "log_small": np.log(posterior_clipped), "log_large": np.log(betas),              # a learned variance's ends
+            "log_fixed": np.log(np.append(posterior_clipped[0], betas[1:])),                 # for models without one
         }
         self._table = {name: torch.tensor(values, dtype=torch.float32) for name, values in table.items()}
 
@@ -427,8 +427,9 @@ class GaussianDiffusion:
         return {"mse": mse, "vb": vb, "loss": mse + vb}
 
     def distillation_losses(self, student_output, teacher_output, x_t, t):
-        """Per-example distance (B,) of two models' outputs at the same x_t and t: the mean squared error of the predicted
-        noise, plus KL(teacher's step || student's step) in bits per dimension, again for the variance alone."""
+        """Per-example distance (B,) of two models' outputs at the same x_t and t: the mean squared error of the
+        predicted noise, plus KL(teacher's step || student's step) in bits per dimension, again for the variance
+        alone."""
         C = x_t.shape[1]
         mse = mean_flat((student_output[:, :C] - teacher_output[:, :C]) ** 2)
         if student_output.shape[1] == C:
@@ -486,12 +487,12 @@ class GaussianDiffusion:
 # ---------------------------------------------------------------------------------------------------------------------
 # Chapter 3. The layer sampler
 #
-# A mask says for every block whether it runs. Searching all C(28, 14) masks of DiT-XL is hopeless, so the blocks are cut
-# into K local groups of M consecutive ones, and each group keeps N of its own: p(m) = p(m_1) ... p(m_K), each a
-# categorical distribution over the (M choose N) candidates of its group. A draw is a discrete thing with no gradient; the
-# Gumbel-Softmax (arXiv:1611.01144) draws it as the arg max of logits + Gumbel noise, and lets the gradient pass as if
-# the arg max had been a softmax of temperature tau. So one backward pass tells every logit, of candidates drawn or not,
-# whether the loss would have liked it more often.
+# A mask says for every block whether it runs. Searching all C(28, 14) masks of DiT-XL is hopeless, so the blocks are
+# cut into K local groups of M consecutive ones, and each group keeps N of its own: p(m) = p(m_1) ... p(m_K), each a
+# categorical distribution over the (M choose N) candidates of its group. A draw is a discrete thing with no gradient;
+# the Gumbel-Softmax (arXiv:1611.01144) draws it as the arg max of logits + Gumbel noise, and lets the gradient pass as
+# if the arg max had been a softmax of temperature tau. So one backward pass tells every logit, of candidates drawn or
+# not, whether the loss would have liked it more often.
 # ---------------------------------------------------------------------------------------------------------------------
 
 def masked_forward(blocks, x, *args, mask=None, hidden=()):
@@ -499,22 +500,22 @@ def masked_forward(blocks, x, *args, mask=None, hidden=()):
 
         x <- m * block(x) + (1 - m) * x            so that dL/dm = <dL/dx_out, block(x) - x>
 
-    Computed as it stands, this runs every block forward and backward for every example, and multiplies what is dropped by
-    zero. The exact skip (`masked_block`) has the same values and gradients for less: where m = 0, nothing flows back
-    through the block, and its output is needed once, as a number, for dL/dm.
+    Computed as it stands, this runs every block forward and backward for every example, and multiplies what is dropped
+    by zero. The exact skip (`masked_block`) has the same values and gradients for less: where m = 0, nothing flows
+    back through the block, and its output is needed once, as a number, for dL/dm.
 
-    blocks: any sequence of modules that map (B, ...) to (B, ...), each example by itself; args: tensors (B, ...) that every
-    block gets too; mask (B, L) of zeros and ones (above and below one half), or None to run all. Returns x and the list of
-    outputs of the blocks whose numbers are in `hidden`, in depth order. A block that no example keeps gets no gradient
-    (None) where the formula gives zeros. Raises ValueError if mask is not (B, L).
-    Source: the paper's differentiable layer sampling; the skip is ours.
+    blocks: any sequence of modules that map (B, ...) to (B, ...), each example by itself; args: tensors (B, ...) that
+    every block gets too; mask (B, L) of zeros and ones (above and below one half), or None to run all. Returns x and
+    the list of outputs of the blocks whose numbers are in `hidden`, in depth order. A block that no example keeps gets
+    no gradient (None) where the formula gives zeros. Raises ValueError if mask is not (B, L). Source: the paper's
+    differentiable layer sampling; the skip is ours.
     """
     features = []
     if mask is not None:
         if mask.shape != (len(x), len(blocks)):
             raise ValueError(f"mask is {tuple(mask.shape)}, expected (examples, blocks) = {(len(x), len(blocks))}")
         keep = mask.detach() > 0.5
-        rows = keep.byte().argsort(dim=0, descending=True, stable=True)      # (B, L): per block, its kept examples first
+        rows = keep.byte().argsort(dim=0, descending=True, stable=True)      # (B, L): a block's kept examples first
         counts = keep.sum(0).tolist()            # the one synchronisation of a GPU per forward pass
     for i, block in enumerate(blocks):
         if mask is None:
@@ -705,7 +706,8 @@ def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=
 def prune(model, kept):
     """A shallower copy of `model`: only the blocks numbered in `kept`, everything else the same, weights untouched.
 
-    Works on any module with a ModuleList `blocks`. Raises ValueError unless `kept` is ascending and within the depth."""
+    Works on any module with a ModuleList `blocks`. Raises ValueError unless `kept` is ascending and within the
+    depth."""
     kept, depth = [int(i) for i in kept], len(model.blocks)
     if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= depth:
         raise ValueError(f"kept blocks {kept}: expected different numbers from 0 to {depth - 1}, ascending")
@@ -720,9 +722,9 @@ def prune(model, kept):
 #
 # The pruned model is fine-tuned with the original as its teacher. Both see the same noisy image, timestep and label;
 # the student imitates the teacher's output and its hidden states. The latter needs care: a few numbers in a diffusion
-# transformer's hidden states are enormous ("massive activations", arXiv:2402.17762), they dominate a squared error, and
-# training on them diverges (the paper's Table 5). So positions more than k standard deviations off, in either model, are
-# left out of the loss.
+# transformer's hidden states are enormous ("massive activations", arXiv:2402.17762), they dominate a squared error,
+# and training on them diverges (the paper's Table 5). So positions more than k standard deviations off, in either
+# model, are left out of the loss.
 #
 #        loss = 0.9 * KD + 0.1 * denoising + beta * features,      beta falling linearly to 0
 # ---------------------------------------------------------------------------------------------------------------------
@@ -743,8 +745,8 @@ def masked_feature_loss(student, teacher, k=2.0):
 
 
 def match_blocks(groups, kept):
-    """Pairs (student block, teacher block) for feature KD: the last kept block of every group, as numbered in the student,
-    with the last block of that group. For 1:2 that is (i, 2i + 1). Raises ValueError where a group keeps no block."""
+    """Pairs (student block, teacher block) for feature KD: the last kept block of every group, as numbered in the
+    student, with the group's last block. For 1:2 that is (i, 2i + 1). Raises ValueError where a group keeps none."""
     pairs, start = [], 0
     for _, m in groups:
         inside = [i for i, block in enumerate(kept) if start <= block < start + m]
@@ -761,9 +763,9 @@ KD_MODES = ("masked", "feature", "logits", "none")
 def recovery_loss(student, teacher, diffusion, x0, y, pairs, kd="masked", beta=1e-2, k=2.0):
     """One batch's fine-tuning loss and its parts: (scalar, dict). x0 (B, C, H, W), y (B,), pairs from `match_blocks`.
 
-    kd: "masked", the paper's; "feature", without the mask; "logits", the outputs alone; "none", plain fine-tuning. Labels
-    are dropped here, once, so that both models are asked the same question: the student's own dropping must be off
-    (student.y_embedder.eval()). Source: the paper's masked knowledge distillation."""
+    kd: "masked", the paper's; "feature", without the mask; "logits", the outputs alone; "none", plain fine-tuning.
+    Labels are dropped here, once, so that both models are asked the same question: the student's own dropping must be
+    off (student.y_embedder.eval()). Source: the paper's masked knowledge distillation."""
     t, noise = diffusion.sample_t(len(x0), x0.device), torch.randn_like(x0)
     x_t, y = diffusion.q_sample(x0, t, noise), student.y_embedder.token_drop(y)
     use_features = kd in ("masked", "feature")
@@ -780,7 +782,8 @@ def recovery_loss(student, teacher, diffusion, x0, y, pairs, kd="masked", beta=1
     loss, parts = 0.9 * distill + 0.1 * denoising, {"denoising": denoising, "kd": distill}
     if use_features:
         k = k if kd == "masked" else math.inf
-        parts["features"] = torch.stack([masked_feature_loss(s, h, k) for s, h in zip(features, target_features)]).mean()
+        distances = [masked_feature_loss(s, h, k) for s, h in zip(features, target_features)]
+        parts["features"] = torch.stack(distances).mean()
         loss = loss + beta * parts["features"]
     return loss, parts
 
@@ -808,10 +811,10 @@ def recover(student, teacher, diffusion, batches, pairs, steps, *, kd="masked", 
 # ---------------------------------------------------------------------------------------------------------------------
 # Chapter 6. Measuring
 #
-# The Frechet distance compares two sets of images through the mean and covariance of their features under some network:
-# |mu1 - mu2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)). FID takes the features of an Inception network trained on ImageNet. On toy
-# data we take those of a small classifier trained on the spot and say so: *toy-FID*. It ranks models of one data set; it
-# cannot be compared with any published FID.
+# The Frechet distance compares two sets of images through the mean and covariance of their features under some
+# network: |mu1 - mu2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)). FID takes the features of an Inception network trained on
+# ImageNet. On toy data we take those of a small classifier trained on the spot and say so: *toy-FID*. It ranks models
+# of one data set; it cannot be compared with any published FID.
 # ---------------------------------------------------------------------------------------------------------------------
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -828,7 +831,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
         raise ValueError("Frechet distance of statistics that are not finite")
 
-    def roots(values):                           # of eigenvalues; those that are rounding errors of a zero count as zero
+    def roots(values):                           # of eigenvalues; rounding errors of a zero count as zero
         return np.sqrt(np.where(values > len(values) * np.finfo(float).eps * values.max(), values, 0))
 
     try:
@@ -870,8 +873,8 @@ def inception_score(probabilities):
 
 
 def precision_recall(real, fake, k=3):
-    """Improved precision and recall of features real (N, F) and fake (M, F): the share of fakes inside the manifold of the
-    real ones, and the other way round; two floats. A set's manifold is the union of balls around its points, each
+    """Improved precision and recall of features real (N, F) and fake (M, F): the share of fakes inside the manifold of
+    the real ones, and the other way round; two floats. A set's manifold is the union of balls around its points, each
     reaching to the k-th nearest other one. Raises ValueError for k points or fewer. Source: arXiv:1904.06991."""
     if min(len(real), len(fake)) <= k:
         raise ValueError(f"precision and recall with k = {k} need more than {k} real and fake examples")
@@ -881,7 +884,8 @@ def precision_recall(real, fake, k=3):
 
     def share_inside(points, queries):
         radii = torch.cat([distances(part, points).kthvalue(k + 1, dim=1).values for part in points.split(1024)])
-        return torch.cat([(distances(part, points) <= radii).any(1) for part in queries.split(1024)]).double().mean().item()
+        inside = torch.cat([(distances(part, points) <= radii).any(1) for part in queries.split(1024)])
+        return inside.double().mean().item()
 
     real, fake = torch.as_tensor(real).float(), torch.as_tensor(fake).float()
     return share_inside(real, fake), share_inside(fake, real)
@@ -925,9 +929,9 @@ def train_classifier(data, device, steps=400, batch_size=64, on_step=None):
 
 
 def measure(models, data, judge, diffusion, samples, sampling, seed=0, batch_size=50, label="measure"):
-    """Draw `samples` images with each of `models`, a dict of names and models, from the same noise, labels in the shares of
-    `data`, and compare them with all of `data`. The models take turns batch by batch, so that a busy machine slows all of
-    them alike; images/s is the median batch's. Returns {name: row}, a row being a dict of plain numbers."""
+    """Draw `samples` images with each of `models`, a dict of names and models, from the same noise, labels in the
+    shares of `data`, and compare them with all of `data`. The models take turns batch by batch, so that a busy machine
+    slows all of them alike; images/s is the median batch's. Returns {name: dict of plain numbers}."""
     device = next(judge.parameters()).device
 
     @torch.no_grad()
@@ -998,22 +1002,23 @@ def toy_digits(n=5000, size=16, seed=0):
     UserError where Pillow was built without FreeType and so has no scalable font."""
     rng, S = np.random.default_rng(seed), 4 * size           # drawn four times as large, then averaged: smooth edges
     try:
-        fonts = [ImageFont.load_default(em) for em in np.linspace(0.8, 0.95, 7) * S / 0.71]     # a digit is 0.71 em high
+        fonts = [ImageFont.load_default(em) for em in np.linspace(0.8, 0.95, 7) * S / 0.71]  # a digit is 0.71 em high
     except ImportError:
-        raise UserError("this Pillow has no scalable font (no FreeType); install it from PyPI: pip install pillow") from None
+        raise UserError("this Pillow has no scalable font (no FreeType); use PyPI's: pip install pillow") from None
     images = np.zeros((n, 1, size, size), np.uint8)
     for i in range(n):
         canvas, font, digit = Image.new("L", (S, S)), fonts[rng.integers(len(fonts))], str(i % 10)
         left, top, right, bottom = font.getbbox(digit)
-        dx, dy = rng.uniform(-0.06, 0.06) * S, rng.uniform(-0.025, 0.025) * S
-        ImageDraw.Draw(canvas).text(((S - left - right) / 2 + dx, (S - top - bottom) / 2 + dy), digit, fill=255, font=font)
+        x = (S - left - right) / 2 + rng.uniform(-0.06, 0.06) * S
+        y = (S - top - bottom) / 2 + rng.uniform(-0.025, 0.025) * S
+        ImageDraw.Draw(canvas).text((x, y), digit, fill=255, font=font)
         images[i, 0] = canvas.resize((size, size), Image.Resampling.BOX)
     return ImageSet(torch.from_numpy(images), torch.arange(n) % 10, [str(digit) for digit in range(10)])
 
 
 def center_crop(image, size):
-    """A square of side `size` from the middle of a PIL image, as ADM does it: halve by box filter while the short side is
-    at least twice the target, then bicubic to the target, then crop. Source: openai/guided-diffusion."""
+    """A square of side `size` from the middle of a PIL image, as ADM does it: halve by box filter while the short side
+    is at least twice the target, then bicubic to the target, then crop. Source: openai/guided-diffusion."""
     while min(image.size) >= 2 * size:
         image = image.resize(tuple(side // 2 for side in image.size), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -1025,8 +1030,8 @@ def center_crop(image, size):
 def image_folder(folder, size, at_least=1):
     """An ImageSet of a folder with one sub-folder per class, sorted by name: grey if every image is grey, else RGB.
 
-    A file that is no whole image is named on stderr, counted and skipped. Raises UserError where there is no class folder,
-    a class has no image, or there are fewer than `at_least` images."""
+    A file that is no whole image is named on stderr, counted and skipped. Raises UserError where there is no class
+    folder, a class has no image, or there are fewer than `at_least` images."""
     root = Path(folder)
     if not root.is_dir():
         raise UserError(f"--data {folder}: no such folder; expected one with a sub-folder of images per class")
@@ -1043,7 +1048,7 @@ def image_folder(folder, size, at_least=1):
                 broken += 1
                 print(f"skipped {path}: {str(error) or type(error).__name__}", file=sys.stderr)
         if label not in labels[-1:]:             # labels end with that of the last image read
-            raise UserError(f"--data {folder}: no readable image in class folder {name!r}; add some or remove the folder")
+            raise UserError(f"--data {folder}: no readable image in class folder {name!r}; add some or remove it")
     if broken:
         print(f"skipped {broken} broken files of {broken + len(images)}", file=sys.stderr)
     if len(images) < at_least:
@@ -1066,8 +1071,8 @@ def read_image(path, size):
 
 
 def image_batches(images, labels, batch_size, seed, device="cpu", start=0):
-    """Endless batches (x, y), x (B, C, H, W) in [-1, 1], in a new order every epoch. A step's batch depends on the seed and
-    the number of the step, not on the steps before it: a run can go on from any step `start`."""
+    """Endless batches (x, y), x (B, C, H, W) in [-1, 1], in a new order every epoch. A step's batch depends on the
+    seed and the number of the step, not on the steps before it: a run can go on from any step `start`."""
     per_epoch = max(1, len(images) // batch_size)
     for epoch in itertools.count(start // per_epoch):
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
@@ -1084,8 +1089,8 @@ def image_batches(images, labels, batch_size, seed, device="cpu", start=0):
 # ---------------------------------------------------------------------------------------------------------------------
 
 class NonFiniteLoss(Exception):
-    """Training met a loss or gradient that is not finite. `model` holds the weights from before that step (their EMA, if
-    one is kept), `step` its number."""
+    """Training met a loss or gradient that is not finite. `model` holds the weights from before that step (their EMA,
+    if one is kept), `step` its number."""
 
     def __init__(self, step, loss, gradient_norm, model):
         super().__init__(f"at step {step} the loss is {loss} and the norm of its gradient {gradient_norm}")
@@ -1096,11 +1101,11 @@ def train(model, loss_fn, steps, *, params=None, lr=1e-4, final_lr_ratio=1.0, wa
           ema_decay=None, on_step=None):
     """Take `steps` steps of AdamW (no weight decay, gradients clipped to norm `clip`) on `model`, in place.
 
-    loss_fn(step) returns the loss, a scalar, and a dict of more numbers to report. params: parameters or groups of them
-    with rates of their own, by default all that require gradients. The rate rises linearly over `warmup` steps and falls
-    along a cosine to `final_lr_ratio` times itself (1: constant). on_step(step, metrics) hears of every step. Returns
-    the exponential moving average of the model if ema_decay is given, else the model, in eval mode. Raises NonFiniteLoss
-    before a step that would spoil the weights."""
+    loss_fn(step) returns the loss, a scalar, and a dict of more numbers to report. params: parameters or groups of
+    them with rates of their own, by default all that require gradients. The rate rises linearly over `warmup` steps
+    and falls along a cosine to `final_lr_ratio` times itself (1: constant). on_step(step, metrics) hears of every
+    step. Returns the exponential moving average of the model if ema_decay is given, else the model, in eval mode.
+    Raises NonFiniteLoss before a step that would spoil the weights."""
     params = list(params or [p for p in model.parameters() if p.requires_grad])
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0, fused=True)
     weights = [p for group in optimizer.param_groups for p in group["params"]]
@@ -1129,8 +1134,8 @@ def train(model, loss_fn, steps, *, params=None, lr=1e-4, final_lr_ratio=1.0, wa
 
 
 def progress(label, steps, log_file=None):
-    """An on_step that shows "label step/steps, loss, speed, time left" and appends lines of JSON to `log_file`, 100 times
-    over the run. Numbers are those of the step, the loss the mean since the last report."""
+    """An on_step that shows "label step/steps, loss, speed, time left" and appends lines of JSON to `log_file`, 100
+    times over the run. Numbers are those of the step, the loss the mean since the last report."""
     start, losses, every = time.perf_counter(), [], max(1, steps // 100)
     live = sys.stderr.isatty()
 
@@ -1147,9 +1152,10 @@ def progress(label, steps, log_file=None):
             end = "" if live and done < steps else "\n"
             print(f"\r{line:<79}" if live else line, end=end, file=sys.stderr, flush=True)
         if log_file:
-            numbers = {name: torch.as_tensor(value).item() for name, value in metrics.items()} | {"loss": sum(losses) / len(losses)}
+            numbers = {name: torch.as_tensor(value).item() for name, value in metrics.items()}
+            numbers |= {"loss": sum(losses) / len(losses), "steps_per_s": speed}
             with open(log_file, "a") as file:
-                file.write(json.dumps({"stage": label, "step": done, **numbers, "steps_per_s": speed}) + "\n")
+                file.write(json.dumps({"stage": label, "step": done, **numbers}) + "\n")
         losses.clear()
     return on_step
 
@@ -1157,8 +1163,8 @@ def progress(label, steps, log_file=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # Chapter 9. Files, sampling with seeds, and pictures
 #
-# Every result is written under another name and then renamed, so that a whole file or none is there, whenever the program
-# is stopped (log.jsonl alone grows line by line). Files are loaded as data, never as code.
+# Every result is written under another name and then renamed, so that a whole file or none is there, whenever the
+# program is stopped (log.jsonl alone grows line by line). Files are loaded as data, never as code.
 # ---------------------------------------------------------------------------------------------------------------------
 
 def open_folder(path):
@@ -1196,25 +1202,27 @@ def save_checkpoint(path, model, sampling, classes, **more):
 
 
 def read_checkpoint(path):
-    """The content of a checkpoint written by `save_checkpoint`, a dict. Nothing in a file is ever run (weights_only=True).
+    """The content of a checkpoint written by `save_checkpoint`, a dict. It is read as data; nothing in it is run.
 
     Raises UserError, in one line, for a file that is missing, torn, foreign, or a pickle that would run code."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"checkpoint {path}: {error.strerror or error}") from None
-    except Exception as error:                   # torn archives end in RuntimeError, EOFError, UnpicklingError and others
-        code = isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error)      # it names a class or function
-        raise UserError(f"checkpoint {path}: " + ("refused, it holds Python objects besides weights, which could run code; "
-                        "nothing was run" if code else "not a PyTorch file, or only a part of one")) from None
-    if not isinstance(checkpoint, dict) or not {"ema", "config", "sampling", "classes"} <= checkpoint.keys():
-        raise UserError(f"checkpoint {path}: not one of this program's; expected the entries ema, config, sampling, classes")
+    except Exception as error:                   # torn archives end in RuntimeError, EOFError and others
+        code = isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error)     # it names a class or function
+        reason = "refused, it holds objects besides weights, which could run code; nothing was run" if code else \
+            "not a PyTorch file, or only a part of one"
+        raise UserError(f"checkpoint {path}: {reason}") from None
+    expected = ("ema", "config", "sampling", "classes")
+    if not isinstance(checkpoint, dict) or not set(expected) <= checkpoint.keys():
+        raise UserError(f"checkpoint {path}: not one of this program's; expected the entries {', '.join(expected)}")
     return checkpoint
 
 
 def load_checkpoint(path, device="cpu"):
-    """The model of a checkpoint, in eval mode on `device`, and the checkpoint itself. Raises UserError as `read_checkpoint`
-    does, and where weights and configuration disagree."""
+    """The model of a checkpoint, in eval mode on `device`, and the checkpoint itself. Raises UserError as
+    `read_checkpoint` does, and where weights and configuration disagree."""
     checkpoint = read_checkpoint(path)
     try:
         model = DiT(**checkpoint["config"])
@@ -1239,8 +1247,8 @@ def noise_source(indices, shape, seed, device="cpu"):
 
 
 def sample_images(model, diffusion, labels, indices, shape, seed, sampling):
-    """uint8 images (B, C, H, W), on the CPU, of `labels` (B,), from the noise of images `indices` of `seed`. `sampling` is
-    a dict of arguments of GaussianDiffusion.sample: steps, guidance, eta, clip_denoised."""
+    """uint8 images (B, C, H, W), on the CPU, of `labels` (B,), from the noise of images `indices` of `seed`.
+    `sampling` is a dict of arguments of GaussianDiffusion.sample: steps, guidance, eta, clip_denoised."""
     draw = noise_source(indices[:len(labels)], shape, seed, labels.device)
     return to_uint8(diffusion.sample(model, labels, draw, **sampling)).cpu()
 
@@ -1356,8 +1364,8 @@ def stage_list(word):
 
 
 COUNT, RATE = number(int, 1), number(float, 1e-12)
-# Flag and placeholder; type, or the words allowed; default, a pair where the toy's differs from that of the other models;
-# the first stage whose result depends on it; help.
+# Flag and placeholder; type, or the words allowed; default, a pair where the toy's differs from that of the other
+# models; the first stage whose result depends on it; help.
 FLAGS = [
     ("--model NAME", tuple(DiT_models), "toy", "teacher", f"one of {', '.join(DiT_models)}"),
     ("--data DIR", str, None, "teacher", "folder of images, one sub-folder per class; without it, drawn digits"),
@@ -1370,7 +1378,7 @@ FLAGS = [
     ("--groups N:M", str, "1:2", "learn", "keep N of every M blocks; or one N:M per group, as in 2:4,3:4,2:4"),
     ("--learn-steps N", COUNT, (300, 10_000), "learn", "steps of learning which blocks to keep"),
     ("--logits-lr X", RATE, (3e-3, 1e-3), "learn", "learning rate of the mask's logits"),
-    ("--update HOW", ("lora", "full", "frozen"), "lora", "learn", "weight update that trains along: lora, full, frozen"),
+    ("--update HOW", ("lora", "full", "frozen"), "lora", "learn", "weights that train along: lora, full, frozen"),
     ("--rank N", COUNT, 8, "learn", "rank of the LoRA update; its alpha is twice that"),
     ("--learn-lr X", RATE, (1e-3, 1e-4), "learn", "learning rate of the weight update"),
     ("--recover-steps N", COUNT, (300, 100_000), "recover", "fine-tuning steps of the student"),
@@ -1380,7 +1388,7 @@ FLAGS = [
     ("--sample-steps N", number(int, 2, 1000), (50, 250), "measure", "sampling steps per image"),
     ("--guidance X", number(float, 0), 1.5, "measure", "classifier-free guidance scale; 1 is without"),
     ("--eta X", number(float, 0, 1), 1.0, "measure", "1 samples by DDPM, 0 by DDIM"),
-    ("--stages LIST", stage_list, ",".join(RESULTS), None, "what to run; a stage left out must have its result in --out"),
+    ("--stages LIST", stage_list, ",".join(RESULTS), None, "stages to run; one left out must be there in --out"),
     ("--out DIR", str, None, None, "folder of the results: runs/toy, or runs/NAME for --data NAME"),
     ("--device NAME", str, None, "measure", "cpu, cuda, cuda:1 ...; without it, the first GPU if there is one"),
 ]
@@ -1394,16 +1402,17 @@ def parse_args(argv=None):
         "b that of every other model, where it can the paper's for DiT-XL."))
     for flag, kind, default, _, words in FLAGS:
         flag, placeholder = flag.split()
-        shown = " / ".join(f"{d:g}" for d in default) if isinstance(default, tuple) else default
-        parser.add_argument(flag, metavar=placeholder, default=default, help=words + (f" ({shown})" if shown is not None else ""),
-                            **({"choices": kind} if isinstance(kind, tuple) else {"type": kind}))
+        if default is not None:
+            words += f" ({' / '.join(f'{d:g}' for d in default) if isinstance(default, tuple) else default})"
+        check = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+        parser.add_argument(flag, metavar=placeholder, default=default, help=words, **check)
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         if isinstance(value, tuple):
             setattr(args, name, value[args.model != "toy"])
     build = DiT_models[args.model].keywords
     if args.image_size % build["patch_size"]:
-        parser.error(f"argument --image-size: {args.image_size} is no multiple of {args.model}'s patch, {build['patch_size']}")
+        parser.error(f"argument --image-size: {args.image_size} is no multiple of the patch, {build['patch_size']}")
     try:
         parse_groups(args.groups, build["depth"])
     except ValueError as error:
@@ -1428,7 +1437,8 @@ class Run:
 
     def __init__(self, args):
         self.args, self.device, self.out = args, pick_device(args.device), open_folder(args.out)
-        self.data = image_folder(args.data, args.image_size, at_least=20) if args.data else toy_digits(size=args.image_size)
+        size = args.image_size
+        self.data = image_folder(args.data, size, at_least=20) if args.data else toy_digits(size=size)
         if args.batch_size > len(self.data.labels):
             raise UserError(f"--batch-size {args.batch_size}: more than the {len(self.data.labels)} images; lower it")
         args.device = str(self.device)
@@ -1447,7 +1457,7 @@ class Run:
         return {name: str(getattr(self.args, name[2:].replace("-", "_"))) for name in names}
 
     def finished(self, stage):
-        """Whether the stage's result is there. Raises UserError, with the difference, if it was made with other settings."""
+        """Whether the stage's result is there. Raises UserError, with the difference, where settings differ."""
         path = self.path(stage)
         if not path.exists():
             return False
@@ -1458,8 +1468,8 @@ class Run:
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path} is not a result of this program; remove it or choose another --out") from None
         if different:
-            raise UserError(f"{path} was made with {', '.join(different)}: give it the same flags, remove it, or choose "
-                            "another --out")
+            raise UserError(f"{path} was made with {', '.join(different)}: give the same flags, remove the file, or "
+                            "choose another --out")
         return True
 
     def batches(self, seed):
@@ -1475,15 +1485,15 @@ class Run:
         return progress(stage, steps, log)
 
     def save_trained(self, stage, fit, **more):
-        """Save the model that fit() trains as the stage's result. Where its loss is not finite, save the weights from before
-        that as STAGE-stopped.pt and raise UserError."""
+        """Save the model that fit() trains as the stage's result. Where its loss is not finite, save the weights from
+        before that as STAGE-stopped.pt and raise UserError."""
         more |= {"settings": self.settings(stage)}
         try:
             save_checkpoint(self.path(stage), fit(), self.sampling, self.data.classes, **more)
         except NonFiniteLoss as stop:
             rescued = self.out / f"{stage}-stopped.pt"
             save_checkpoint(rescued, stop.model, self.sampling, self.data.classes, **more)
-            raise UserError(f"{stage} stopped: {stop}; the weights before it are in {rescued}; lower --{stage}-lr") from None
+            raise UserError(f"{stage} stopped: {stop}; weights before it: {rescued}; lower --{stage}-lr") from None
 
 
 def stage_teacher(run):
@@ -1501,9 +1511,10 @@ def stage_teacher(run):
         terms = run.diffusion.training_losses(model, x0, run.diffusion.sample_t(len(x0), run.device), y)
         return terms["loss"].mean(), {"mse": terms["mse"].mean(), "vb": terms["vb"].mean()}
 
+    steps = args.teacher_steps
     run.save_trained("teacher", lambda: train(
-        model, loss, args.teacher_steps, lr=args.teacher_lr, final_lr_ratio=0.0, warmup=min(100, args.teacher_steps // 10),
-        ema_decay=args.ema, on_step=run.report("teacher", args.teacher_steps)))
+        model, loss, steps, lr=args.teacher_lr, final_lr_ratio=0.0, warmup=min(100, steps // 10), ema_decay=args.ema,
+        on_step=run.report("teacher", steps)))
 
 
 def stage_learn(run):
@@ -1535,10 +1546,11 @@ def stage_recover(run):
     args, teacher = run.args, load_checkpoint(run.path("teacher"), run.device)[0]
     kept = json.loads(run.path("learn").read_text())["kept"]
     torch.manual_seed(args.seed + 2)
+    steps, pairs = args.recover_steps, match_blocks(run.groups, kept)
     run.save_trained("recover", lambda: recover(
-        prune(teacher, kept), teacher, run.diffusion, run.batches(args.seed + 2), match_blocks(run.groups, kept),
-        args.recover_steps, kd=args.kd, lr=args.recover_lr, warmup=min(100, args.recover_steps // 10), ema_decay=args.ema,
-        on_step=run.report("recover", args.recover_steps)), kept=kept, groups=run.groups)
+        prune(teacher, kept), teacher, run.diffusion, run.batches(args.seed + 2), pairs, steps, kd=args.kd,
+        lr=args.recover_lr, warmup=min(100, steps // 10), ema_decay=args.ema, on_step=run.report("recover", steps)),
+        kept=kept, groups=run.groups)
 
 
 def stage_measure(run):
@@ -1548,11 +1560,13 @@ def stage_measure(run):
     models = {"teacher": teacher, "pruned": prune(teacher, checkpoint["kept"]), "student": student}
     judge, judge_accuracy = train_classifier(run.data, run.device, on_step=progress("judge", 400))
     rows = measure(models, run.data, judge, run.diffusion, args.samples, run.sampling, args.seed)
-    labels, classes = torch.arange(20) % len(run.data.classes), [run.data.images[run.data.labels == y] for y in range(20)]
-    real = torch.stack([classes[y][i // len(run.data.classes) % len(classes[y])] for i, y in enumerate(labels)])
+    labels, C = torch.arange(20) % len(run.data.classes), len(run.data.classes)
+    classes = [run.data.images[run.data.labels == y] for y in range(C)]
+    real = torch.stack([classes[y][i // C % len(classes[y])] for i, y in enumerate(labels)])
     pictures = [("real images", real)]
     for title, model in models.items():
-        images = sample_images(model, run.diffusion, labels.to(run.device), range(20), real.shape[1:], args.seed, run.sampling)
+        images = sample_images(model, run.diffusion, labels.to(run.device), range(20), real.shape[1:], args.seed,
+                               run.sampling)
         pictures.append((f"{title}, {len(model.blocks)} blocks", images))
     draw_samples(run.out / "samples.png", pictures, [run.data.classes[y] for y in labels])
     result = {"rows": rows, "judge_accuracy": judge_accuracy, "settings": run.settings("measure")}
@@ -1568,10 +1582,10 @@ def print_table(results):
         print(f"{name:8}{row['depth']:6}{row['parameters']:12,}{row['toy_fid']:9.2f}{row['accuracy']:12.1%}"
               f"{row['precision']:11.3f}{row['recall']:8.3f}{row['images_per_second']:10.1f}"
               f"{row['images_per_second'] / rows['teacher']['images_per_second']:9.2f}x")
-    print(f"\n{settings['--samples']} samples a model, {settings['--sample-steps']} steps, eta {settings['--eta']}, guidance "
-          f"{settings['--guidance']}, seed {settings['--seed']}, on {settings['--device']}. All but speed by the features of a small\n"
-          f"classifier trained on this data ({results['judge_accuracy']:.1%} right on held-out images): toy-FID cannot be compared with "
-          "published FIDs.")
+    conditions = [f"{name} {settings['--' + name]}" for name in
+                  ("samples", "sample-steps", "guidance", "eta", "seed", "device")]
+    print(f"\n{', '.join(conditions)}. All but speed by the features of a small classifier trained on this data\n"
+          f"({results['judge_accuracy']:.1%} right on held-out images): toy-FID cannot be compared with published FIDs.")
 
 
 def run_stages(args):
@@ -1583,7 +1597,8 @@ def run_stages(args):
     for stage in needed:
         if not finished[stage] and stage not in args.stages:
             raise UserError(f"{run.path(stage)} is not there, and --stages leaves {stage} out; add it to --stages")
-    print(f"{args.data}, {tuple(run.data.images.shape[1:])}, {len(run.data.classes)} classes; {args.model} on {run.device}")
+    shape, classes = tuple(run.data.images.shape[1:]), len(run.data.classes)
+    print(f"{args.data}, {shape}, {classes} classes; {args.model} on {run.device}")
     for stage in args.stages:
         if finished[stage]:
             print(f"{stage}: {run.path(stage)} is there, made with these settings, and is reused")
