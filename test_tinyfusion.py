@@ -144,6 +144,20 @@ class Heart(unittest.TestCase):
         tf.masked_forward([block], torch.randn(5, 3), mask=mask.requires_grad_())
         self.assertEqual(rows, [(2, True), (3, False)])
 
+    def test_a_share_of_the_dropped_examples_gives_the_masks_gradient_on_average(self):
+        torch.manual_seed(0)
+        blocks = [nn.Sequential(nn.Linear(3, 3), nn.Tanh()).double() for _ in range(2)]
+        x, mask = torch.randn(8, 3).double(), torch.tensor([[0.0, 1]] * 5 + [[1.0, 0]] * 3).double().requires_grad_()
+
+        def gradient(share):
+            out, _ = tf.masked_forward(blocks, x, mask=mask, dropped_share=share)
+            return torch.autograd.grad(out.square().sum(), mask)[0]
+
+        exact, draws = gradient(1.0), torch.stack([gradient(0.4) for _ in range(2000)])
+        self.assertTrue(((draws == 0).double().mean((0,)) > 0.5)[mask == 0].all())
+        error = draws.std(0) / math.sqrt(2000)
+        self.assertTrue(((draws.mean(0) - exact).abs() <= 5 * error + 1e-12).all())
+
     def test_the_gradient_of_the_logits_is_the_softmax_jacobian_of_the_masks_gradient(self):
         torch.manual_seed(2)
         sampler, blocks = tf.LayerSampler([(1, 2), (2, 3)]).double(), [
@@ -1082,8 +1096,8 @@ class CommandLine(unittest.TestCase):
 
 
 def race(jobs, rounds, device):
-    """(median seconds, spread = (max - min) / median) of each of `jobs`, a dict of functions. They take turns, so that a busy
-    machine slows all of them alike; the first turn is not counted."""
+    """The seconds (rounds,) of each of `jobs`, a dict of functions. They take turns, so that a busy machine slows all of
+    them alike; the first turn is not counted."""
     times = {name: [] for name in jobs}
     for turn in range(rounds + 1):
         for name, job in jobs.items():
@@ -1092,10 +1106,14 @@ def race(jobs, rounds, device):
             if device.type == "cuda":
                 torch.cuda.synchronize()
             times[name].append(time.perf_counter() - start)
-    return {
-        name: (float(np.median(t[1:])), float((max(t[1:]) - min(t[1:])) / np.median(t[1:])))
-        for name, t in times.items()
-    }
+    return {name: np.array(seconds[1:]) for name, seconds in times.items()}
+
+
+def summary(seconds, plain=None):
+    """Median, spread = (max - min) / median, and the median ratio to the same turn of `plain`."""
+    median = float(np.median(seconds))
+    row = {"seconds": median, "spread": float(np.ptp(seconds) / median)}
+    return row if plain is None else row | {"ratio": float(np.median(plain / seconds))}
 
 
 def saved_megabytes(forward, model):
@@ -1116,64 +1134,49 @@ def block_flops(model, batch):
 
 
 def bench_learning(model, x0, y, rounds, rate):
-    """The learning step with the dense formula and with the exact skip: forward, backward, AdamW."""
-    diffusion, device, L, jobs, forwards, models, flops = (
-        tf.GaussianDiffusion(),
-        x0.device,
-        len(model.blocks),
-        {},
-        {},
-        {},
-        {},
-    )
+    """The learning step (forward, backward, AdamW) with the dense formula, with the exact skip, and with the skip that
+    runs a quarter of the dropped examples. On the CPU, memory is what the forward pass saves for the backward pass."""
+    diffusion, L, jobs, forwards, flops = tf.GaussianDiffusion(), len(model.blocks), {}, {}, {}
 
-    def dense(blocks, x, *args, mask, hidden):
+    def dense(blocks, x, *args, mask, hidden, dropped_share):
         return dense_forward(blocks, x, mask, *args), []
 
-    def forward(learner, sampler, version):
+    def forward(learner, sampler, version, share):
         with mock.patch.object(tf, "masked_forward", version):
-            masked = functools.partial(learner, mask=sampler(len(x0)))
-            return diffusion.training_losses(masked, x0, diffusion.sample_t(len(x0), device), y)["loss"].mean()
+            masked = functools.partial(learner, mask=sampler(len(x0)), dropped_share=share)
+            return diffusion.training_losses(masked, x0, diffusion.sample_t(len(x0), x0.device), y)["loss"].mean()
 
     def step(run, optimizer):
         optimizer.zero_grad()
         run().backward()
         optimizer.step()
 
-    cases = [("full", 1, 2), ("lora", 1, 2), ("full", 1, 4)]
-    for update, n, m in cases:
-        learner, sampler = copy.deepcopy(model).train(), tf.LayerSampler([(n, m)] * (L // m)).to(device)
+    for update, n, m in (("full", 1, 2), ("lora", 1, 2), ("full", 1, 4)):
+        learner, sampler = copy.deepcopy(model).train(), tf.LayerSampler([(n, m)] * (L // m)).to(x0.device)
         if update == "lora":
             tf.add_lora(learner)
         weights = [p for p in (*learner.parameters(), *sampler.parameters()) if p.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=1e-6, fused=True)
-        for name, version in (("dense", dense), ("skip", tf.masked_forward)):
-            key = update, n, m, name
-            forwards[key], models[key] = functools.partial(forward, learner, sampler, version), learner
-            jobs[key] = functools.partial(step, forwards[key], optimizer)
-            back = 1 if update == "lora" else 2  # a backward pass in forward passes
-            flops[key] = L * block_flops(model, len(x0)) * (1 + (back if name == "dense" else n / m * back))
-    times, rows = race(jobs, rounds, device), {}
-    for update, n, m in cases:
-        row = {}
-        for name in ("dense", "skip"):
-            key = update, n, m, name
-            row |= {
-                f"{name}_seconds": times[key][0],
-                f"{name}_spread": times[key][1],
-                f"{name}_saved_MB": saved_megabytes(forwards[key], models[key]),
-                f"{name}_share_of_matmul": flops[key] / times[key][0] / rate,
-            }
-        row |= {
-            "ratio": row["dense_seconds"] / row["skip_seconds"],
-            "memory": row["skip_saved_MB"] / row["dense_saved_MB"],
+        back, case = (1 if update == "lora" else 2), f"{update} {n}:{m}"  # a backward pass, in forward passes
+        passes = {
+            "dense": 1 + back,
+            "skip": 1 + back * n / m,
+            "skip, a quarter": n / m + (1 - n / m) / 4 + back * n / m,
         }
-        rows[f"{update} {n}:{m}"] = row
+        for name, version, share in (("dense", dense, 1), ("skip", tf.masked_forward, 1),
+                                     ("skip, a quarter", tf.masked_forward, 0.25)):  # fmt: skip
+            forwards[case, name] = functools.partial(forward, learner, sampler, version, share), learner
+            jobs[case, name] = functools.partial(step, forwards[case, name][0], optimizer)
+            flops[case, name] = L * block_flops(model, len(x0)) * passes[name]
+    rows, times = {}, race(jobs, rounds, x0.device)
+    for (case, name), seconds in times.items():
+        row = summary(seconds, times[case, "dense"]) | {"saved_MB": saved_megabytes(*forwards[case, name])}
+        row["share_of_matmul"] = flops[case, name] / row["seconds"] / rate
+        row["memory_ratio"] = row["saved_MB"] / rows.setdefault(case, {}).setdefault("dense", row)["saved_MB"]
+        rows[case][name] = row
         print(
-            f"learn {update} {n}:{m}  dense {row['dense_seconds']:.3f} s ({row['dense_spread']:.0%}), skip "
-            f"{row['skip_seconds']:.3f} s ({row['skip_spread']:.0%}): {row['ratio']:.2f}x; saved {row['dense_saved_MB']:.0f} and "
-            f"{row['skip_saved_MB']:.0f} MB: {row['memory']:.2f}; {row['dense_share_of_matmul']:.0%} and "
-            f"{row['skip_share_of_matmul']:.0%} of matmul"
+            f"learn {case} {name:16} {row['seconds']:.3f} s ({row['spread']:.0%}): {row['ratio']:.2f}x; "
+            f"{row['saved_MB']:.0f} MB saved: {row['memory_ratio']:.2f}; {row['share_of_matmul']:.0%} of matmul"
         )
     return rows
 
@@ -1188,45 +1191,35 @@ def bench_recovery(model, student, x0, y, pairs, rounds):
         tf.recovery_loss(pupil, model, diffusion, x0, y, pairs, kd)[0].backward()
         optimizer.step()
 
-    times = race({kd: functools.partial(step, kd) for kd in ("masked", "logits", "none")}, rounds, x0.device)
-    print("recover", *(f" {kd} {seconds:.3f} s ({spread:.0%})" for kd, (seconds, spread) in times.items()))
-    return {kd: {"seconds": seconds, "spread": spread} for kd, (seconds, spread) in times.items()}
+    times = race({kd: functools.partial(step, kd) for kd in ("masked", "none")}, rounds, x0.device)
+    rows = {kd: summary(seconds) for kd, seconds in times.items()}
+    print("recover", *(f" {kd} {row['seconds']:.3f} s ({row['spread']:.0%})" for kd, row in rows.items()))
+    return rows
 
 
-def bench_sampling(model, student, x0, y, rounds, rate, steps=3):
+def bench_sampling(model, student, x0, y, rounds, rate, steps=2):
     """Sampling by teacher and student without guidance, in float32 and in bfloat16."""
 
     def draw(net, dtype):
         tf.GaussianDiffusion().sample(net, y, lambda: torch.randn_like(x0), steps=steps, dtype=dtype)
 
-    nets = {"teacher": model, "student": student}
-    times = race(
-        {
-            (name, dtype): functools.partial(draw, net, dtype)
-            for dtype in (torch.float32, torch.bfloat16)
-            for name, net in nets.items()
-        },
-        rounds,
-        x0.device,
-    )
-    speed = {key: len(x0) * steps / seconds / 250 for key, (seconds, _) in times.items()}
-    ideal, rows = len(model.blocks) / len(student.blocks), {}
-    for dtype in (torch.float32, torch.bfloat16):
-        ratio = speed["student", dtype] / speed["teacher", dtype]
-        share = len(model.blocks) * block_flops(model, len(x0)) * steps / times["teacher", dtype][0] / rate
-        name = str(dtype).removeprefix("torch.")
-        rows[name] = {
-            "teacher_images_per_second": speed["teacher", dtype],
-            "student_images_per_second": speed["student", dtype],
-            "spread": max(times[net, dtype][1] for net in nets),
-            "ratio": ratio,
-            "ratio_over_ideal": ratio / ideal,
-            "teacher_share_of_float32_matmul": share,
-        }
-        print(
-            f"sample {name:9} teacher {speed['teacher', dtype]:.3f}, student {speed['student', dtype]:.3f} images/s at 250 steps "
-            f"({rows[name]['spread']:.0%}): {ratio:.2f}x, {ratio / ideal:.2f} of the ideal; {share:.0%} of float32 matmul"
+    nets, dtypes = {"teacher": model, "student": student}, (torch.float32, torch.bfloat16)
+    jobs = {(name, dtype): functools.partial(draw, net, dtype) for dtype in dtypes for name, net in nets.items()}
+    times, rows, ideal = race(jobs, 2 * rounds, x0.device), {}, len(model.blocks) / len(student.blocks)
+    for (name, dtype), seconds in times.items():
+        row = summary(seconds, times["teacher", dtype])
+        row["images_per_second_at_250_steps"] = len(x0) * steps / row["seconds"] / 250
+        row["over_float32"] = float(np.median(times[name, torch.float32] / seconds))
+        row["share_of_float32_matmul"] = (
+            len(nets[name].blocks) * block_flops(model, len(x0)) * steps / row["seconds"] / rate
         )
+        rows[f"{name} {dtype}"] = row
+        print(
+            f"sample {name} {str(dtype)[6:]:9} {row['images_per_second_at_250_steps']:.4f} images/s at 250 steps "
+            f"({row['spread']:.0%}): {row['ratio']:.2f}x the teacher's; {row['over_float32']:.2f}x float32; "
+            f"{row['share_of_float32_matmul']:.0%} of float32 matmul"
+        )
+    print(f"                  the ideal, blocks of the teacher over blocks of the student, is {ideal:.2f}x")
     return rows
 
 
@@ -1245,17 +1238,11 @@ def bench_frechet():
         found.append(tf.frechet_distance(m1, s1, m2, s2))
 
     cpu = torch.device("cpu")
-    (slow, _), (fast, spread) = race({"": general}, 1, cpu)[""], race({"": ours}, 3, cpu)[""]
-    row = {
-        "sqrtm_seconds": slow,
-        "seconds": fast,
-        "spread": spread,
-        "ratio": slow / fast,
-        "relative_difference": abs(found[-1] / found[0] - 1),
-    }
+    slow, fast = race({"": general}, 1, cpu)[""], race({"": ours}, 3, cpu)[""]
+    row = {"sqrtm_seconds": float(slow[0]), **summary(fast, slow), "relative_difference": abs(found[-1] / found[0] - 1)}
     print(
-        f"Frechet distance  sqrtm {slow:.2f} s, ours {fast:.2f} s ({spread:.0%}): {row['ratio']:.1f}x, relative difference "
-        f"{row['relative_difference']:.0e}"
+        f"Frechet distance at 2048: sqrtm {slow[0]:.2f} s, ours {row['seconds']:.2f} s ({row['spread']:.0%}): "
+        f"{row['ratio']:.1f}x; relative difference {row['relative_difference']:.0e}"
     )
     return row
 
@@ -1284,10 +1271,10 @@ def bench(arguments):
         list(range(0, len(model.blocks), 2)),
     )
     student, pairs = tf.prune(model, kept), tf.match_blocks([(1, 2)] * len(kept), kept)
-    rates = {}
-    for dtype in (torch.float32, torch.bfloat16):  # the machine's own rate
+    rates = {}  # the machine's own: the best of several matrix products
+    for dtype in (torch.float32, torch.bfloat16):
         a = torch.randn(2048, 2048, device=device).to(dtype)
-        rates[dtype] = 8 * 2048**3 / race({"": lambda: [a @ a for _ in range(4)]}, args.rounds, device)[""][0]
+        rates[dtype] = 8 * 2048**3 / race({"": lambda: [a @ a for _ in range(4)]}, 10, device)[""].min()
     machine = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU with {torch.get_num_threads()} threads"
     )

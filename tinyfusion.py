@@ -263,17 +263,18 @@ class DiT(nn.Module):
         x = x.reshape(x.shape[0], grid, grid, P, P, self.out_channels)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], self.out_channels, self.input_size, self.input_size)
 
-    def forward(self, x, t, y, mask=None, hidden=None):
+    def forward(self, x, t, y, mask=None, hidden=None, dropped_share=1.0):
         """Predict the noise (and the variance) in x.
 
         x (B, C, H, W); t (B,) timesteps, or (1,) where all share one; y (B,) labels, `num_classes` for no class;
-        mask (B, L), 1 for a block that runs and 0 for one that is skipped, or None for all (Chapter 3).
+        mask (B, L), 1 for a block that runs and 0 for one that is skipped, or None for all; mask and dropped_share as
+        in `masked_forward` (Chapter 3).
         Returns (B, out_channels, H, W): noise first, then variance. With `hidden`, a collection of block numbers, it
         returns that and the list of those blocks' outputs (B, T, D), in the order of depth.
         """
         x = self.x_embedder(x) + self.pos_embed                              # (B, T, D)
         c = self.t_embedder(t) + self.y_embedder(y)                          # (B, D)
-        x, features = masked_forward(self.blocks, x, c, mask=mask, hidden=hidden or ())
+        x, features = masked_forward(self.blocks, x, c, mask=mask, hidden=hidden or (), dropped_share=dropped_share)
         x = self.unpatchify(self.final_layer(x, c))                          # (B, out_channels, H, W)
         return x if hidden is None else (x, features)
 
@@ -495,7 +496,7 @@ class GaussianDiffusion:
 # not, whether the loss would have liked it more often.
 # ---------------------------------------------------------------------------------------------------------------------
 
-def masked_forward(blocks, x, *args, mask=None, hidden=()):
+def masked_forward(blocks, x, *args, mask=None, hidden=(), dropped_share=1.0):
     """Run residual blocks one after another, each example through the blocks that its mask keeps:
 
         x <- m * block(x) + (1 - m) * x            so that dL/dm = <dL/dx_out, block(x) - x>
@@ -505,10 +506,11 @@ def masked_forward(blocks, x, *args, mask=None, hidden=()):
     back through the block, and its output is needed once, as a number, for dL/dm.
 
     blocks: any sequence of modules that map (B, ...) to (B, ...), each example by itself; args: tensors (B, ...) that
-    every block gets too; mask (B, L) of zeros and ones (above and below one half), or None to run all. Returns x and
-    the list of outputs of the blocks whose numbers are in `hidden`, in depth order. A block that no example keeps gets
-    no gradient (None) where the formula gives zeros. Raises ValueError if mask is not (B, L). Source: the paper's
-    differentiable layer sampling; the skip is ours.
+    every block gets too; mask (B, L) of zeros and ones (above and below one half), or None to run all. dropped_share:
+    below 1, only that share of the dropped examples, drawn anew for every block, is run for dL/dm, each with more
+    weight: cheaper, and right on average only. Returns x and the list of outputs of the blocks whose numbers are in
+    `hidden`, in depth order. A block that no example keeps gets no gradient (None) where the formula gives zeros.
+    Raises ValueError if mask is not (B, L). Source: the paper's differentiable layer sampling; the skip is ours.
     """
     features = []
     if mask is not None:
@@ -521,13 +523,14 @@ def masked_forward(blocks, x, *args, mask=None, hidden=()):
         if mask is None:
             x = block(x, *args)
         else:
-            x = masked_block(block, x, args, mask[:, i], rows[:counts[i], i], rows[counts[i]:, i])
+            kept, dropped = rows[:, i].split([counts[i], len(x) - counts[i]])
+            x = masked_block(block, x, args, mask[:, i], kept, dropped, dropped_share)
         if i in hidden:
             features.append(x)
     return x, features
 
 
-def masked_block(block, x, args, m, kept, dropped):
+def masked_block(block, x, args, m, kept, dropped, dropped_share=1.0):
     """One block of `masked_forward`: m (B,), and the numbers of the examples that keep and drop the block."""
     out = x
     if len(kept):
@@ -537,10 +540,14 @@ def masked_block(block, x, args, m, kept, dropped):
         return out
     change = (out - x).detach()                  # block(x) - x, so far of the kept rows; the dropped ones need no graph
     if len(dropped):
+        run = max(1, round(dropped_share * len(dropped)))
+        weight = len(dropped) / run              # 1, unless a random part speaks for all
+        if weight > 1:
+            dropped = dropped[torch.randperm(len(dropped), device=x.device)[:run]]
         with torch.no_grad():
             before = x.index_select(0, dropped)
             after = block(before, *(a.index_select(0, dropped) for a in args))
-            change.index_copy_(0, dropped, (after - before).to(x.dtype))
+            change.index_copy_(0, dropped, (weight * (after - before)).to(x.dtype))
     m = m.view(-1, *[1] * (x.dim() - 1))                                     # (B, 1, 1)
     return out + (m - m.detach()) * change       # adds exactly 0, and gives m its gradient <dL/dx_out, change>
 
@@ -642,7 +649,7 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x):
-        return self.base(x) + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scaling
+        return self.base(x) + F.linear(F.linear(x, self.lora_A) * self.scaling, self.lora_B)
 
 
 def add_lora(model, rank=8, alpha=16.0):
@@ -1381,6 +1388,7 @@ FLAGS = [
     ("--update HOW", ("lora", "full", "frozen"), "lora", "learn", "weights that train along: lora, full, frozen"),
     ("--rank N", COUNT, 8, "learn", "rank of the LoRA update; its alpha is twice that"),
     ("--learn-lr X", RATE, (1e-3, 1e-4), "learn", "learning rate of the weight update"),
+    ("--dropped-share X", number(float, 0, 1), 1.0, "learn", "share of dropped examples that are run for the mask; 1: exact"),
     ("--recover-steps N", COUNT, (300, 100_000), "recover", "fine-tuning steps of the student"),
     ("--recover-lr X", RATE, (2e-3, 2e-4), "recover", "the student's learning rate"),
     ("--kd HOW", KD_MODES, "masked", "recover", f"what the student learns from: {', '.join(KD_MODES)}"),
@@ -1525,7 +1533,7 @@ def stage_learn(run):
 
     def masked_loss(model, sample_mask):
         x0, y = next(batches)
-        masked = functools.partial(model, mask=sample_mask(len(x0)))
+        masked = functools.partial(model, mask=sample_mask(len(x0)), dropped_share=args.dropped_share)
         return run.diffusion.training_losses(masked, x0, run.diffusion.sample_t(len(x0), run.device), y)["loss"].mean()
 
     try:
