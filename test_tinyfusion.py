@@ -594,7 +594,7 @@ class Diffusion(unittest.TestCase):
                 self.d.respaced(steps)
 
     def test_sampling_finds_gaussian_data_with_its_exact_denoiser(self):
-        """For data N(mu, s^2) the best noise prediction is known; DDPM, DDIM and what is between must return the data."""
+        """For data N(mu, s^2) the best noise prediction is known; DDPM, DDIM and the steps between must return it."""
         mu, s, d = 0.3, 0.5, self.d
 
         class Exact(nn.Module):
@@ -1096,8 +1096,8 @@ class CommandLine(unittest.TestCase):
 
 
 def race(jobs, rounds, device):
-    """The seconds (rounds,) of each of `jobs`, a dict of functions. They take turns, so that a busy machine slows all of
-    them alike; the first turn is not counted."""
+    """The seconds (rounds,) of each of `jobs`, a dict of functions. They take turns, so that a busy machine slows all
+    of them alike; the first turn is not counted."""
     times = {name: [] for name in jobs}
     for turn in range(rounds + 1):
         for name, job in jobs.items():
@@ -1248,7 +1248,7 @@ def bench_frechet():
 
 
 def bench(arguments):
-    """Time what tinyfusion.py claims to be fast, in one process and interleaved; medians, and in brackets their spread."""
+    """Time what tinyfusion.py claims to be fast, interleaved in one process; medians, and in brackets their spread."""
     parser = tf.Parser(prog="test_tinyfusion.py --bench", description=bench.__doc__)
     parser.add_argument(
         "--model", choices=tuple(tf.DiT_models), default="DiT-S/2", metavar="NAME", help="shapes (DiT-S/2)"
@@ -1279,7 +1279,7 @@ def bench(arguments):
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU with {torch.get_num_threads()} threads"
     )
     print(
-        f"{args.model}, batch {args.batch_size}, {machine}, torch {torch.__version__}, medians of {args.rounds} rounds; matmul "
+        f"{args.model}, batch {args.batch_size}, {machine}, torch {torch.__version__}, {args.rounds} rounds; matmul "
         f"{rates[torch.float32] / 1e9:.0f} GFLOP/s in float32, {rates[torch.bfloat16] / 1e9:.0f} in bfloat16"
     )
     rate = rates[torch.float32]

@@ -593,7 +593,7 @@ class LayerSampler(nn.Module):
         super().__init__()
         self.groups = [tuple(group) for group in groups]
         self.candidates = [nm_masks(n, m) for n, m in self.groups]           # K matrices (C(M, N), M)
-        # The official code starts all logits at 0.02. A softmax does not see a constant, so this is the same start.
+        # The published recipe starts all logits at 0.02. A softmax does not see a constant, so this is the same start.
         self.logits = nn.ParameterList([nn.Parameter(torch.zeros(len(c))) for c in self.candidates])
 
     def forward(self, batch_size, tau=1.0, scale=100.0):
@@ -675,9 +675,11 @@ def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=
     loss_fn(model, sample_mask) draws a batch, calls `mask = sample_mask(batch_size)` for its masks (B, L), and returns
     the masked model's loss, a scalar. `update` is "lora", "full" (all weights train) or "frozen" (none do): the rows of
     the paper's Table 4. tau falls linearly from tau[0] to tau[1]: early draws let every candidate learn, late ones are
-    judged nearly as they will be used. Defaults are the paper's for DiT-XL.
+    judged nearly as they will be used. Defaults are the paper's for DiT-XL, without its EMA: dPhi is thrown away, and
+    nothing would read an average of it.
+
     Works on a copy: `model` and its weights are left as they were. Returns the sampler and its history, a list of
-    (step, keep_probability). on_step as in `train`. Raises ValueError for an unknown update.
+    (step, keep_probability). on_step as in `train`. Raises ValueError for an unknown update, or nothing to update.
     Source: the paper's joint optimisation of mask and recoverability.
     """
     if update not in ("lora", "full", "frozen"):
@@ -713,8 +715,7 @@ def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=
 def prune(model, kept):
     """A shallower copy of `model`: only the blocks numbered in `kept`, everything else the same, weights untouched.
 
-    Works on any module with a ModuleList `blocks`. Raises ValueError unless `kept` is ascending and within the
-    depth."""
+    Works on any module with a ModuleList `blocks`. Raises ValueError unless `kept` is ascending, within the depth."""
     kept, depth = [int(i) for i in kept], len(model.blocks)
     if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= depth:
         raise ValueError(f"kept blocks {kept}: expected different numbers from 0 to {depth - 1}, ascending")
@@ -1388,7 +1389,7 @@ FLAGS = [
     ("--update HOW", ("lora", "full", "frozen"), "lora", "learn", "weights that train along: lora, full, frozen"),
     ("--rank N", COUNT, 8, "learn", "rank of the LoRA update; its alpha is twice that"),
     ("--learn-lr X", RATE, (1e-3, 1e-4), "learn", "learning rate of the weight update"),
-    ("--dropped-share X", number(float, 0, 1), 1.0, "learn", "share of dropped examples that are run for the mask; 1: exact"),
+    ("--dropped-share X", number(float, 0, 1), 1.0, "learn", "share of dropped examples run for the mask; 1: exact"),
     ("--recover-steps N", COUNT, (300, 100_000), "recover", "fine-tuning steps of the student"),
     ("--recover-lr X", RATE, (2e-3, 2e-4), "recover", "the student's learning rate"),
     ("--kd HOW", KD_MODES, "masked", "recover", f"what the student learns from: {', '.join(KD_MODES)}"),
@@ -1592,8 +1593,8 @@ def print_table(results):
               f"{row['images_per_second'] / rows['teacher']['images_per_second']:9.2f}x")
     conditions = [f"{name} {settings['--' + name]}" for name in
                   ("samples", "sample-steps", "guidance", "eta", "seed", "device")]
-    print(f"\n{', '.join(conditions)}. All but speed by the features of a small classifier trained on this data\n"
-          f"({results['judge_accuracy']:.1%} right on held-out images): toy-FID cannot be compared with published FIDs.")
+    print(f"\n{', '.join(conditions)}.\nAll but speed by the features of a small classifier trained on this data, "
+          f"{results['judge_accuracy']:.1%} right on held-out\nimages: toy-FID cannot be compared with published FIDs.")
 
 
 def run_stages(args):
