@@ -163,7 +163,6 @@ class Heart(unittest.TestCase):
         sampler, blocks = tf.LayerSampler([(1, 2), (2, 3)]).double(), [
             nn.Sequential(nn.Linear(3, 3), nn.Tanh()).double() for _ in range(5)
         ]
-        sampler.candidates = [c.double() for c in sampler.candidates]
         for logits in sampler.logits:
             nn.init.normal_(logits, std=0.01)
         x, tau, scale = torch.randn(7, 3).double(), 0.7, 100.0
@@ -175,7 +174,7 @@ class Heart(unittest.TestCase):
         start = 0
         for logits, candidates in zip(sampler.logits, sampler.candidates):
             soft = F.gumbel_softmax((logits.detach() * scale).expand(7, -1), tau=tau)
-            v = mask.grad[:, start : start + candidates.shape[1]] @ candidates.T  # dL/dy (B, C(M, N))
+            v = mask.grad[:, start : start + candidates.shape[1]] @ candidates.T.double()  # dL/dy (B, C(M, N))
             expected = scale / tau * (soft * (v - (soft * v).sum(1, keepdim=True))).sum(0)
             torch.testing.assert_close(logits.grad, expected)
             start += candidates.shape[1]
@@ -226,6 +225,29 @@ class Heart(unittest.TestCase):
         nn.init.normal_(layer.lora_B)
         x, W = torch.randn(4, 5), layer.base.weight + 3 * layer.lora_B @ layer.lora_A
         torch.testing.assert_close(layer(x), F.linear(x, W, layer.base.bias))
+
+    def test_lora_reaches_modules_that_read_a_linear_layers_weight(self):
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+        x, added = torch.randn(2, 5, 8), tf.add_lora(layer, rank=2)
+        self.assertEqual(len(added), 6)  # out_proj of the attention, linear1, linear2
+        for p in added:
+            nn.init.normal_(p, std=0.1)
+        trained = layer(x)
+        with torch.no_grad():
+            torch.testing.assert_close(layer.eval()(x), trained, rtol=1e-5, atol=1e-5)
+        trained.square().sum().backward()
+        self.assertTrue(all(p.grad.abs().sum() > 0 for p in added))
+
+    def test_the_masked_forward_keeps_the_type_of_its_input_and_refuses_what_is_not_per_example(self):
+        block = tf.DiTBlock(8, 2).bfloat16()
+        x, c = torch.randn(3, 4, 8).bfloat16(), torch.randn(3, 8).bfloat16()
+        mask = tf.LayerSampler([(1, 2)])(3)
+        out, _ = tf.masked_forward([block, block], x, c, mask=mask)
+        self.assertEqual(out.dtype, torch.bfloat16)
+        for wrong in ({"args": (c[:2],)}, {"args": (c,), "dropped_share": 0}, {"args": (c,), "dropped_share": 2}):
+            with self.assertRaisesRegex(ValueError, "expected tensors"):
+                tf.masked_forward([block, block], x, *wrong.pop("args"), mask=mask, **wrong)
 
     def test_lora_of_rank_8_trains_under_one_percent_of_dit_xl(self):
         with torch.device("meta"):
@@ -814,6 +836,11 @@ class Training(unittest.TestCase):
         self.assertAlmostEqual(rates[50], 0.75, places=5)
         self.assertAlmostEqual(rates[99], 0.5, places=3)
 
+    def test_models_that_would_drop_labels_themselves_are_refused(self):
+        model, x0, y = tiny_dit(), torch.randn(2, 1, 8, 8), torch.zeros(2, dtype=torch.long)
+        with self.assertRaisesRegex(ValueError, "eval"):
+            tf.recovery_loss(tf.prune(model, [0, 3]).train(), model, tf.GaussianDiffusion(), x0, y, [(0, 1), (1, 3)])
+
     def test_matched_pairs_out_of_order_are_refused(self):
         model = tiny_dit()
         with self.assertRaisesRegex(ValueError, "ascending"):
@@ -990,6 +1017,12 @@ class CommandLine(unittest.TestCase):
         for name in ("decisions.png", "samples.png"):
             with Image.open(run / name) as picture:
                 self.assertGreater(np.asarray(picture.convert("L")).std(), 5)
+        for name, content in (("results.json", "{"), ("layers.json", '{"settings": {}}')):
+            whole = (run / name).read_text()
+            (run / name).write_text(content)
+            status, words = status_and_words(tf.main, self.TINY + ["--out", str(run)])
+            self.assertEqual((status, words.count("\n"), "damaged" in words), (2, 1, True), words)
+            (run / name).write_text(whole)
         before = {p.name: p.stat().st_mtime_ns for p in run.iterdir()}
         second = self.run_tiny()
         self.assertEqual((second.returncode, second.stdout.count("is reused")), (0, 4))
@@ -1014,9 +1047,16 @@ class CommandLine(unittest.TestCase):
             text=True,
         )
         self.assertEqual(drawn.returncode, 0, drawn.stderr)
-        status, words = status_and_words(sample.main, ["--ckpt", str(run / "student.pt"), "--labels", "3,10"])
-        self.assertEqual((status, words.count("\n")), (2, 1))
-        self.assertIn("from 0 to 9", words)
+        for wrong, reason in (
+            (["--labels", "3,10"], "from 0 to 9"),
+            (["--labels", "²"], "from 0 to 9"),
+            (["--out", str(run)], "is a folder"),
+            (["--npz", "a", "--out", "b"], "not allowed with"),
+            (["--num-images", "9" * 20], "from 1 to 10000000"),
+        ):
+            status, words = status_and_words(sample.main, ["--ckpt", str(run / "student.pt"), *wrong])
+            self.assertEqual((status, words.count("\n")), (2, 1), words)
+            self.assertIn(reason, words)
 
     def test_a_stage_can_be_run_alone_but_not_without_those_before_it(self):
         run = ["--out", str(self.folder / "run")]
@@ -1035,7 +1075,11 @@ class CommandLine(unittest.TestCase):
                 Image.fromarray(pixels).save(self.folder / "pets" / label / f"{i}.png")
         done = self.run_tiny("--data", str(self.folder / "pets"), "--groups", "2:4,1:2,3:6")
         self.assertEqual(done.returncode, 0, done.stderr)
-        self.assertIn("24 images, (3, 16, 16), 2 classes", done.stdout)
+        self.assertIn("24 images", done.stdout)
+        self.assertIn("(3, 16, 16), 2 classes", done.stdout)
+        Image.new("RGB", (20, 30)).save(self.folder / "pets" / "cat" / "0.png")
+        changed = self.run_tiny("--data", str(self.folder / "pets"), "--groups", "2:4,1:2,3:6")
+        self.assertEqual((changed.returncode, "checksum" in changed.stderr), (2, True), "the pictures are others now")
 
     def test_bad_input_is_one_line_and_exit_status_2(self):
         (self.folder / "file").write_text("x")
@@ -1053,6 +1097,10 @@ class CommandLine(unittest.TestCase):
             (["--image-size", "18"], "no multiple"),
             (["--device", "cuda:77"], "not on this machine"),
             (["--device", "banana"], "not on this machine"),
+            (["--device", "meta"], "not on this machine"),
+            (["--out", ""], "got nothing"),
+            (["--guidance", "1e308"], "up to a billion"),
+            (["--teacher-steps", "1" + "0" * 99], "up to a billion"),
             (["--out", str(self.folder / "file" / "x")], "cannot be written"),
             (["--data", str(self.folder / "nothing")], "no such folder"),
             (["--data", str(self.folder / "empty")], "class folder"),
@@ -1065,7 +1113,7 @@ class CommandLine(unittest.TestCase):
         self.assertFalse((self.folder / "run" / "teacher.pt").exists())
 
     def test_a_diverging_run_says_where_and_keeps_the_weights_from_before(self):
-        status, words = status_and_words(tf.main, self.TINY + ["--out", str(self.folder), "--teacher-lr", "1e30"])
+        status, words = status_and_words(tf.main, self.TINY + ["--out", str(self.folder), "--teacher-lr", "1e9"])
         self.assertEqual(status, 2, words)
         self.assertIn("teacher stopped: at step", words)
         model, _ = tf.load_checkpoint(self.folder / "teacher-stopped.pt")

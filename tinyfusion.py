@@ -39,8 +39,8 @@ Chapters.
     1 The model: DiT           4 Recoverability: LoRA       7 Data                    10 The command line
     2 Diffusion                5 Recovery: masked KD        8 The training loop
     3 The layer sampler        6 Measuring                  9 Files and pictures
-The method is in Chapters 3, 4 and 5, some 150 lines of code; the rest feeds it or judges it. Every function takes what
-it needs as arguments, so it can be copied out with the few that it calls.
+The method is in Chapters 3, 4 and 5, under 200 lines of code; the rest feeds it or judges it. Every function takes what
+it needs as arguments, so it can be copied out with those that it calls.
 
 Source: Fang, Li, Ma, Wang, "TinyFusion: Diffusion Transformers Learned Shallow", arXiv:2412.01199. Written from the
 paper; MIT licence.
@@ -58,6 +58,7 @@ import re
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -491,9 +492,9 @@ class GaussianDiffusion:
 # A mask says for every block whether it runs. Searching all C(28, 14) masks of DiT-XL is hopeless, so the blocks are
 # cut into K local groups of M consecutive ones, and each group keeps N of its own: p(m) = p(m_1) ... p(m_K), each a
 # categorical distribution over the (M choose N) candidates of its group. A draw is a discrete thing with no gradient;
-# the Gumbel-Softmax (arXiv:1611.01144) draws it as the arg max of logits + Gumbel noise, and lets the gradient pass as
-# if the arg max had been a softmax of temperature tau. So one backward pass tells every logit, of candidates drawn or
-# not, whether the loss would have liked it more often.
+# the straight-through Gumbel-Softmax (arXiv:1611.01144) draws it as the arg max of logits + Gumbel noise, and lets the
+# gradient pass as if the arg max had been a softmax of temperature tau. So one backward pass tells every logit, of
+# candidates drawn or not, whether the loss would have liked it more often.
 # ---------------------------------------------------------------------------------------------------------------------
 
 def masked_forward(blocks, x, *args, mask=None, hidden=(), dropped_share=1.0):
@@ -505,17 +506,21 @@ def masked_forward(blocks, x, *args, mask=None, hidden=(), dropped_share=1.0):
     by zero. The exact skip (`masked_block`) has the same values and gradients for less: where m = 0, nothing flows
     back through the block, and its output is needed once, as a number, for dL/dm.
 
-    blocks: any sequence of modules that map (B, ...) to (B, ...), each example by itself; args: tensors (B, ...) that
-    every block gets too; mask (B, L) of zeros and ones (above and below one half), or None to run all. dropped_share:
-    below 1, only that share of the dropped examples, drawn anew for every block, is run for dL/dm, each with more
-    weight: cheaper, and right on average only. Returns x and the list of outputs of the blocks whose numbers are in
-    `hidden`, in depth order. A block that no example keeps gets no gradient (None) where the formula gives zeros.
-    Raises ValueError if mask is not (B, L). Source: the paper's differentiable layer sampling; the skip is ours.
+    blocks: any sequence of modules that map (B, ...) to (B, ...), each example by itself; args: what every block gets
+    too, tensors (B, ...) or no tensors; mask (B, L) of zeros and ones (above and below one half), or None to run all.
+    dropped_share: below 1, only that share of the dropped examples, drawn anew for every block, is run for dL/dm, each
+    with more weight: cheaper, and right on average only. Returns x and the list of outputs of the blocks whose numbers
+    are in `hidden`, in depth order. A block that no example keeps gets no gradient (None) where the formula gives
+    zeros: DistributedDataParallel then needs find_unused_parameters=True. Raises ValueError where mask is not (B, L), a
+    tensor in args not (B, ...), or dropped_share not in (0, 1].
+    Source: the paper's differentiable layer sampling; the skip is ours.
     """
     features = []
     if mask is not None:
         if mask.shape != (len(x), len(blocks)):
             raise ValueError(f"mask is {tuple(mask.shape)}, expected (examples, blocks) = {(len(x), len(blocks))}")
+        if any(torch.is_tensor(a) and (not a.dim() or len(a) != len(x)) for a in args) or not 0 < dropped_share <= 1:
+            raise ValueError("expected tensors of one row per example in args, and dropped_share above 0 and up to 1")
         keep = mask.detach() > 0.5
         rows = keep.byte().argsort(dim=0, descending=True, stable=True)      # (B, L): a block's kept examples first
         counts = keep.sum(0).tolist()            # the one synchronisation of a GPU per forward pass
@@ -531,25 +536,26 @@ def masked_forward(blocks, x, *args, mask=None, hidden=(), dropped_share=1.0):
 
 
 def masked_block(block, x, args, m, kept, dropped, dropped_share=1.0):
-    """One block of `masked_forward`: m (B,), and the numbers of the examples that keep and drop the block."""
+    """One block of `masked_forward`: x (B, ...) to (B, ...), with its column m (B,) of the mask, and the numbers of the
+    examples that keep it and drop it, which together are all of 0 ... B - 1."""
+    def run(rows):
+        return block(x.index_select(0, rows), *(a.index_select(0, rows) if torch.is_tensor(a) else a for a in args))
+
     out = x
     if len(kept):
-        ours = block(x.index_select(0, kept), *(a.index_select(0, kept) for a in args))
-        out = x.index_copy(0, kept, ours.to(x.dtype))                        # (B, T, D), dropped rows as they were
+        out = x.index_copy(0, kept, run(kept).to(x.dtype))                   # (B, T, D), dropped rows as they were
     if not (m.requires_grad and torch.is_grad_enabled()):
         return out
     change = (out - x).detach()                  # block(x) - x, so far of the kept rows; the dropped ones need no graph
     if len(dropped):
-        run = max(1, round(dropped_share * len(dropped)))
-        weight = len(dropped) / run              # 1, unless a random part speaks for all
+        weight = len(dropped) / max(1, round(dropped_share * len(dropped)))  # 1, unless a random part speaks for all
         if weight > 1:
-            dropped = dropped[torch.randperm(len(dropped), device=x.device)[:run]]
+            dropped = dropped[torch.randperm(len(dropped), device=x.device)[:round(len(dropped) / weight)]]
         with torch.no_grad():
-            before = x.index_select(0, dropped)
-            after = block(before, *(a.index_select(0, dropped) for a in args))
-            change.index_copy_(0, dropped, (weight * (after - before)).to(x.dtype))
+            change.index_copy_(0, dropped, (weight * (run(dropped) - x.index_select(0, dropped))).to(x.dtype))
     m = m.view(-1, *[1] * (x.dim() - 1))                                     # (B, 1, 1)
-    return out + (m - m.detach()) * change       # adds exactly 0, and gives m its gradient <dL/dx_out, change>
+    # Adds exactly 0 (to a finite change), and gives m its gradient <dL/dx_out, change>.
+    return out + (m - m.detach()).to(x.dtype) * change
 
 
 def nm_masks(n, m):
@@ -586,7 +592,8 @@ class LayerSampler(nn.Module):
 
     groups: [(N, M), ...] from the first block to the last, e.g. [(1, 2)] * 14. All candidates start equally likely. The
     logits are small numbers, multiplied by `scale` before the softmax: so that AdamW, whose steps have the size of the
-    learning rate, can move the odds quickly. Source: the paper's differentiable layer sampling.
+    learning rate, can move the odds quickly. Raises ValueError for what is no group (`nm_masks`).
+    Source: the paper's differentiable layer sampling.
     """
 
     def __init__(self, groups):
@@ -598,7 +605,8 @@ class LayerSampler(nn.Module):
 
     def forward(self, batch_size, tau=1.0, scale=100.0):
         """One independent mask per example: (B, L), exactly 0 or 1, exactly N ones per group, with the gradient of the
-        softmax at temperature `tau`."""
+        softmax at temperature `tau`. tau does not change what is drawn, only the gradient: a high one is biased but
+        quiet, a low one nearly unbiased but noisy."""
         parts = []
         for logits, candidates in zip(self.logits, self.candidates):
             soft = F.gumbel_softmax((logits * scale).expand(batch_size, -1), tau=tau)       # (B, C(M, N))
@@ -606,7 +614,7 @@ class LayerSampler(nn.Module):
             # Straight through: the value of `hard`, the gradient of `soft`. The brackets matter: soft - soft is exactly
             # 0, while (hard + soft) - soft, the order of F.gumbel_softmax(hard=True), is an ulp away from 0 and 1.
             y = hard + (soft - soft.detach())
-            parts.append(y @ candidates.to(y.device))                                       # (B, M)
+            parts.append(y @ candidates.to(y))                                              # (B, M)
         return torch.cat(parts, dim=1)
 
     def _probabilities(self, scale):
@@ -614,7 +622,7 @@ class LayerSampler(nn.Module):
 
     def keep_probability(self, scale=100.0):
         """The chance (L,) of every block to be kept."""
-        return torch.cat([p @ c.to(p.device) for p, c in zip(self._probabilities(scale), self.candidates)])
+        return torch.cat([p @ c.to(p) for p, c in zip(self._probabilities(scale), self.candidates)])
 
     def confidence(self, scale=100.0):
         """The probability (K,) of each group's likeliest candidate: near 1 when the decision is made."""
@@ -638,7 +646,8 @@ class LayerSampler(nn.Module):
 class LoRALinear(nn.Module):
     """A frozen linear layer with a trainable low-rank update: y = W x + b + (alpha / rank) lora_B lora_A x.
 
-    lora_A (rank, in), lora_B (out, rank). lora_B starts at zero, so the layer starts as the one it wraps."""
+    x (..., in) to (..., out); lora_A (rank, in), lora_B (out, rank). lora_B starts at zero, so the layer starts as the
+    one it wraps. Source: arXiv:2106.09685."""
 
     def __init__(self, base, rank=8, alpha=16.0):
         super().__init__()
@@ -652,16 +661,26 @@ class LoRALinear(nn.Module):
         return self.base(x) + F.linear(F.linear(x, self.lora_A) * self.scaling, self.lora_B)
 
 
+    @property
+    def weight(self):                            # for modules that read the weight of their linear layers, as
+        return self.base.weight + self.scaling * self.lora_B @ self.lora_A   # nn.MultiheadAttention does its out_proj's
+
+    @property
+    def bias(self):
+        return self.base.bias
+
+
 def add_lora(model, rank=8, alpha=16.0):
-    """Freeze `model`, wrap every nn.Linear in it with a LoRALinear, in place, and return the new parameters, the only
-    trainable ones. Raises ValueError for a rank below 1."""
+    """Freeze `model`, wrap every nn.Linear inside it with a LoRALinear, in place, and return the new parameters, now
+    the only trainable ones. (nn.MultiheadAttention has no nn.Linear for q, k and v: they stay frozen.) Raises ValueError
+    for a rank below 1. Source: arXiv:2106.09685, on every linear layer as in the paper."""
     if rank < 1:
         raise ValueError(f"LoRA rank {rank}: expected 1 or more")
     model.requires_grad_(False)
     added = []
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if type(child) is nn.Linear and not isinstance(module, LoRALinear):
+            if isinstance(child, nn.Linear) and not isinstance(module, LoRALinear):
                 wrapped = LoRALinear(child, rank, alpha)
                 setattr(module, name, wrapped)
                 added += [wrapped.lora_A, wrapped.lora_B]
@@ -674,9 +693,8 @@ def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=
 
     loss_fn(model, sample_mask) draws a batch, calls `mask = sample_mask(batch_size)` for its masks (B, L), and returns
     the masked model's loss, a scalar. `update` is "lora", "full" (all weights train) or "frozen" (none do): the rows of
-    the paper's Table 4. tau falls linearly from tau[0] to tau[1]: early draws let every candidate learn, late ones are
-    judged nearly as they will be used. Defaults are the paper's for DiT-XL, without its EMA: dPhi is thrown away, and
-    nothing would read an average of it.
+    the paper's Table 4. tau falls linearly from tau[0] to tau[1]: from a quiet gradient to a truer one. Defaults are
+    the paper's for DiT-XL, without its EMA: dPhi is thrown away, and nothing would read an average of it.
 
     Works on a copy: `model` and its weights are left as they were. Returns the sampler and its history, a list of
     (step, keep_probability). on_step as in `train`. Raises ValueError for an unknown update, or nothing to update.
@@ -715,7 +733,8 @@ def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=
 def prune(model, kept):
     """A shallower copy of `model`: only the blocks numbered in `kept`, everything else the same, weights untouched.
 
-    Works on any module with a ModuleList `blocks`. Raises ValueError unless `kept` is ascending, within the depth."""
+    Works on any module with a ModuleList `blocks`. Raises ValueError unless `kept` is ascending, within the depth.
+    Source: the paper; dPhi is not in the result."""
     kept, depth = [int(i) for i in kept], len(model.blocks)
     if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= depth:
         raise ValueError(f"kept blocks {kept}: expected different numbers from 0 to {depth - 1}, ascending")
@@ -731,16 +750,16 @@ def prune(model, kept):
 # The pruned model is fine-tuned with the original as its teacher. Both see the same noisy image, timestep and label;
 # the student imitates the teacher's output and its hidden states. The latter needs care: a few numbers in a diffusion
 # transformer's hidden states are enormous ("massive activations", arXiv:2402.17762), they dominate a squared error,
-# and training on them diverges (the paper's Table 5). So positions more than k standard deviations off, in either
-# model, are left out of the loss.
+# and training on them diverges (the paper's Table 5). So entries more than k standard deviations off, in either model,
+# are left out of the loss. KD is the squared error of the two noise predictions, and a KL for the learned variance:
 #
 #        loss = 0.9 * KD + 0.1 * denoising + beta * features,      beta falling linearly to 0
 # ---------------------------------------------------------------------------------------------------------------------
 
 def masked_feature_loss(student, teacher, k=2.0):
-    """Mean squared error of hidden states (B, T, D) over the positions where neither is an outlier, a scalar.
+    """Mean squared error of two models' hidden states (B, T, D) over the entries where neither is an outlier, a scalar.
 
-    A position is an outlier where |h - mean(h)| > k * std(h), mean and std over tokens and channels of one example.
+    An entry is an outlier where |h - mean(h)| > k * std(h), mean and std over tokens and channels of one example.
     What is left out is in neither the sum nor the gradient. k = inf leaves nothing out: plain feature KD.
     Source: the paper's masked knowledge distillation."""
     def inlier(h):
@@ -749,7 +768,7 @@ def masked_feature_loss(student, teacher, k=2.0):
         return ~(deviation > k * h.std((1, 2), keepdim=True))                # k = inf, std = 0: NaN must be an inlier
     both = inlier(student) & inlier(teacher)                                 # (B, T, D)
     difference = torch.where(both, student - teacher.detach(), 0)
-    return difference.square().sum() / both.sum().clamp(min=1)
+    return difference.float().square().sum() / both.sum().clamp(min=1)
 
 
 def match_blocks(groups, kept):
@@ -772,8 +791,13 @@ def recovery_loss(student, teacher, diffusion, x0, y, pairs, kd="masked", beta=1
     """One batch's fine-tuning loss and its parts: (scalar, dict). x0 (B, C, H, W), y (B,), pairs from `match_blocks`.
 
     kd: "masked", the paper's; "feature", without the mask; "logits", the outputs alone; "none", plain fine-tuning.
-    Labels are dropped here, once, so that both models are asked the same question: the student's own dropping must be
-    off (student.y_embedder.eval()). Source: the paper's masked knowledge distillation."""
+    Labels are dropped here, once, so that both models are asked the same question: the teacher is in eval mode, and so
+    is the student's y_embedder. Raises ValueError where that is not so, for an unknown kd, or pairs out of order.
+    Source: the paper's masked knowledge distillation."""
+    if kd not in KD_MODES:
+        raise ValueError(f"kd {kd!r}: expected one of {', '.join(KD_MODES)}")
+    if teacher.training or student.y_embedder.training:
+        raise ValueError("the models would drop labels themselves: call teacher.eval() and student.y_embedder.eval()")
     t, noise = diffusion.sample_t(len(x0), x0.device), torch.randn_like(x0)
     x_t, y = diffusion.q_sample(x0, t, noise), student.y_embedder.token_drop(y)
     use_features = kd in ("masked", "feature")
@@ -801,9 +825,7 @@ def recover(student, teacher, diffusion, batches, pairs, steps, *, kd="masked", 
     """Fine-tune a pruned `student`, in place, with its `teacher`; returns the EMA of its weights as a model.
 
     batches: an iterator of (x0, y). beta falls linearly from its value to 0 over the steps. `kd` as in `recovery_loss`.
-    Defaults are the paper's for DiT-XL (lr 2e-4, cosine to 1e-4). Raises ValueError for an unknown kd."""
-    if kd not in KD_MODES:
-        raise ValueError(f"kd {kd!r}: expected one of {', '.join(KD_MODES)}")
+    Defaults are the paper's for DiT-XL (lr 2e-4, cosine to 1e-4). Raises ValueError as `recovery_loss` does."""
     teacher.eval()
     student.train()
     student.y_embedder.eval()                    # recovery_loss drops labels, for both models at once
@@ -1235,7 +1257,7 @@ def load_checkpoint(path, device="cpu"):
     try:
         model = DiT(**checkpoint["config"])
         model.load_state_dict(checkpoint["ema"], strict=True)
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except (TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"checkpoint {path}: its weights and its config disagree: {reason[:300]}") from None
     return model.to(device).eval(), checkpoint
@@ -1356,11 +1378,18 @@ def number(kind, low, high=math.inf):
             value = kind(word)
         except ValueError:
             value = math.nan
-        if not low <= value <= high or value == math.inf:
-            limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+        if not low <= value <= min(high, 1e9):
+            limits = f"of at least {low}, up to a billion" if high == math.inf else f"from {low} to {high}"
             raise argparse.ArgumentTypeError(f"{word!r}: expected a {'whole ' * (kind is int)}number {limits}")
         return value
     return parse
+
+
+def nonempty(word):
+    """An argparse type: any word but the empty one."""
+    if not word:
+        raise argparse.ArgumentTypeError("expected a name, got nothing")
+    return word
 
 
 def stage_list(word):
@@ -1376,7 +1405,7 @@ COUNT, RATE = number(int, 1), number(float, 1e-12)
 # models; the first stage whose result depends on it; help.
 FLAGS = [
     ("--model NAME", tuple(DiT_models), "toy", "teacher", f"one of {', '.join(DiT_models)}"),
-    ("--data DIR", str, None, "teacher", "folder of images, one sub-folder per class; without it, drawn digits"),
+    ("--data DIR", nonempty, None, "teacher", "folder of images, one sub-folder per class; without it, drawn digits"),
     ("--image-size N", number(int, 4), 16, "teacher", "side to which images are scaled and cropped, in pixels"),
     ("--batch-size N", COUNT, (64, 256), "teacher", "images per step"),
     ("--seed N", number(int, 0, 2 ** 31), 0, "teacher", "seed of everything random"),
@@ -1389,7 +1418,7 @@ FLAGS = [
     ("--update HOW", ("lora", "full", "frozen"), "lora", "learn", "weights that train along: lora, full, frozen"),
     ("--rank N", COUNT, 8, "learn", "rank of the LoRA update; its alpha is twice that"),
     ("--learn-lr X", RATE, (1e-3, 1e-4), "learn", "learning rate of the weight update"),
-    ("--dropped-share X", number(float, 0, 1), 1.0, "learn", "share of dropped examples run for the mask; 1: exact"),
+    ("--dropped-share X", number(float, 0.001, 1), 1.0, "learn", "share of dropped rows run for the mask; 1: exact"),
     ("--recover-steps N", COUNT, (300, 100_000), "recover", "fine-tuning steps of the student"),
     ("--recover-lr X", RATE, (2e-3, 2e-4), "recover", "the student's learning rate"),
     ("--kd HOW", KD_MODES, "masked", "recover", f"what the student learns from: {', '.join(KD_MODES)}"),
@@ -1398,8 +1427,8 @@ FLAGS = [
     ("--guidance X", number(float, 0), 1.5, "measure", "classifier-free guidance scale; 1 is without"),
     ("--eta X", number(float, 0, 1), 1.0, "measure", "1 samples by DDPM, 0 by DDIM"),
     ("--stages LIST", stage_list, ",".join(RESULTS), None, "stages to run; one left out must be there in --out"),
-    ("--out DIR", str, None, None, "folder of the results: runs/toy, or runs/NAME for --data NAME"),
-    ("--device NAME", str, None, "measure", "cpu, cuda, cuda:1 ...; without it, the first GPU if there is one"),
+    ("--out DIR", nonempty, None, None, "folder of the results: runs/toy, or runs/NAME for --data NAME"),
+    ("--device NAME", nonempty, None, "measure", "cpu, cuda, cuda:1 ...; without it, the first GPU if there is one"),
 ]
 
 
@@ -1434,7 +1463,7 @@ def pick_device(name):
     """A torch.device that is there: the named one, else the first GPU, else the CPU. Raises UserError."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError):
         there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         raise UserError(f"--device {name}: not on this machine; there is {', '.join(there)}") from None
@@ -1451,7 +1480,9 @@ class Run:
         if args.batch_size > len(self.data.labels):
             raise UserError(f"--batch-size {args.batch_size}: more than the {len(self.data.labels)} images; lower it")
         args.device = str(self.device)
-        args.data = f"{Path(args.data).resolve() if args.data else 'drawn digits'}, {len(self.data.labels)} images"
+        checksum = zlib.crc32(self.data.images.numpy(), zlib.crc32(self.data.labels.numpy()))
+        name = Path(args.data).resolve() if args.data else "drawn digits"
+        args.data = f"{name}, {len(self.data.labels)} images, checksum {checksum:08x}"
         self.groups = parse_groups(args.groups, DiT_models[args.model].keywords["depth"])
         self.diffusion = GaussianDiffusion()
         self.sampling = {"steps": args.sample_steps, "guidance": args.guidance, "eta": args.eta, "clip_denoised": True}
@@ -1471,11 +1502,12 @@ class Run:
         if not path.exists():
             return False
         try:
-            made = (read_checkpoint(path) if path.suffix == ".pt" else json.loads(path.read_text()))["settings"]
+            result = read_checkpoint(path) if path.suffix == ".pt" else json.loads(path.read_text())
+            made, _ = result["settings"], result[{"learn": "kept", "measure": "rows"}.get(stage, "ema")]
             different = [f"{flag} {made[flag]} (now {value})" for flag, value in self.settings(stage).items()
                          if made[flag] != value]
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path} is not a result of this program; remove it or choose another --out") from None
+            raise UserError(f"{path} is damaged or not of this program; remove it, or choose another --out") from None
         if different:
             raise UserError(f"{path} was made with {', '.join(different)}: give the same flags, remove the file, or "
                             "choose another --out")
@@ -1489,8 +1521,9 @@ class Run:
         log, images = self.out / "log.jsonl", steps * self.args.batch_size
         print(f"{stage}: {steps} steps of {self.args.batch_size} images = {images:,} images, "
               f"{images / len(self.data.labels):.1f} epochs")
-        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        write_file(log, lambda file: file.write("".join(x for x in lines if f'"{stage}"' not in x).encode()))
+        lines = log.read_text(errors="replace").splitlines(keepends=True) if log.exists() else []
+        others = [line for line in lines if f'"{stage}"' not in line and line.endswith("\n")]   # no torn last line
+        write_file(log, lambda file: file.write("".join(others).encode()))
         return progress(stage, steps, log)
 
     def save_trained(self, stage, fit, **more):
@@ -1627,8 +1660,10 @@ def guarded(prog, body):
     except (UserError, OSError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 2
-    except (MemoryError, torch.OutOfMemoryError):
-        print(f"{prog}: out of memory; lower --batch-size", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        print(f"{prog}: out of memory; try a smaller batch or model", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\n{prog}: stopped; the files that are there are whole", file=sys.stderr)
