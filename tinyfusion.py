@@ -672,7 +672,7 @@ class LoRALinear(nn.Module):
 
 def add_lora(model, rank=8, alpha=16.0):
     """Freeze `model`, wrap every nn.Linear inside it with a LoRALinear, in place, and return the new parameters, now
-    the only trainable ones. (nn.MultiheadAttention has no nn.Linear for q, k and v: they stay frozen.) Raises ValueError
+    the only trainable ones. (nn.MultiheadAttention has no nn.Linear for q, k, v: they stay frozen.) Raises ValueError
     for a rank below 1. Source: arXiv:2106.09685, on every linear layer as in the paper."""
     if rank < 1:
         raise ValueError(f"LoRA rank {rank}: expected 1 or more")
