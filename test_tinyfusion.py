@@ -317,6 +317,11 @@ class Recovery(unittest.TestCase):
         torch.testing.assert_close(loss, (student - teacher)[left].square().mean())
         self.assertEqual((student.grad[0, 1, 2].item(), student.grad[1, 3, 4].item()), (0.0, 0.0))
 
+    def test_hidden_states_of_different_shapes_are_refused(self):
+        for shape in ((1, 3, 4), (2, 3)):
+            with self.assertRaisesRegex(ValueError, "expected the same"):
+                tf.masked_feature_loss(torch.randn(shape), torch.randn(2, 3, 4))
+
     def test_without_a_mask_it_is_the_mean_squared_error(self):
         student, teacher = torch.randn(2, 3, 4), 100 * torch.randn(2, 3, 4)
         torch.testing.assert_close(tf.masked_feature_loss(student, teacher, math.inf), F.mse_loss(student, teacher))

@@ -310,11 +310,14 @@ DiT_models = {                                   # DiT_models["DiT-XL/2"](input_
 # ---------------------------------------------------------------------------------------------------------------------
 # Chapter 2. Diffusion
 #
-# Training: mix an image with noise, x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, and have the model predict the
-# noise. Sampling: start from noise and walk t down, each step removing a little of the predicted noise (DDPM,
-# arXiv:2006.11239). The variance of a step is learned too: v, the second half of the model's output channels,
-# interpolates in log space between the smallest and the largest sensible value (arXiv:2102.09672). The schedule and the
-# losses are the official code's.
+# Step t of 1000 adds noise of variance beta_t; abar_t, the product of 1 - beta up to t, is the share of the image
+# left. Training: mix an image x_0 with noise, x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, and have the model
+# predict the noise. Sampling: start from noise and walk t down, each step removing a little of the predicted noise
+# (DDPM, arXiv:2006.11239; DDIM, arXiv:2010.02502, is the same walk without fresh noise, good in fewer steps). The
+# variance of a step is learned too: v, the second half of the model's output channels, interpolates in log space
+# between the smallest and the largest sensible value (arXiv:2102.09672). Classifier-free guidance (arXiv:2207.12598)
+# exaggerates what a class changes in the prediction: clearer images, less variety. Schedule and losses have the
+# official code's values.
 # ---------------------------------------------------------------------------------------------------------------------
 
 def mean_flat(x):
@@ -489,12 +492,14 @@ class GaussianDiffusion:
 # ---------------------------------------------------------------------------------------------------------------------
 # Chapter 3. The layer sampler
 #
-# A mask says for every block whether it runs. Searching all C(28, 14) masks of DiT-XL is hopeless, so the blocks are
-# cut into K local groups of M consecutive ones, and each group keeps N of its own: p(m) = p(m_1) ... p(m_K), each a
-# categorical distribution over the (M choose N) candidates of its group. A draw is a discrete thing with no gradient;
-# the straight-through Gumbel-Softmax (arXiv:1611.01144) draws it as the arg max of logits + Gumbel noise, and lets the
-# gradient pass as if the arg max had been a softmax of temperature tau. So one backward pass tells every logit, of
-# candidates drawn or not, whether the loss would have liked it more often.
+# A mask says for every block whether it runs: x <- m * block(x) + (1 - m) * x with m = 1 or 0, so that the loss has a
+# gradient for m too. Searching all C(28, 14) masks of DiT-XL is hopeless, so the blocks are cut into K local groups
+# of M consecutive ones, and each group keeps N of its own: p(m) = p(m_1) ... p(m_K), each a categorical distribution
+# over the (M choose N) candidates of its group. A draw is a discrete thing with no gradient; the straight-through
+# Gumbel-Softmax (arXiv:1611.01144) draws it as the arg max of logits + Gumbel noise, and lets the gradient pass as if
+# the arg max had been a softmax of temperature tau. So one backward pass tells every logit, of candidates drawn or
+# not, whether the loss would have liked it more often. This chapter starts with the pass that a mask steers, and then
+# draws masks.
 # ---------------------------------------------------------------------------------------------------------------------
 
 def masked_forward(blocks, x, *args, mask=None, hidden=(), dropped_share=1.0):
@@ -751,7 +756,8 @@ def prune(model, kept):
 # the student imitates the teacher's output and its hidden states. The latter needs care: a few numbers in a diffusion
 # transformer's hidden states are enormous ("massive activations", arXiv:2402.17762), they dominate a squared error,
 # and training on them diverges (the paper's Table 5). So entries more than k standard deviations off, in either model,
-# are left out of the loss. KD is the squared error of the two noise predictions, and a KL for the learned variance:
+# are left out of the loss. KD (knowledge distillation) is the squared error of the two noise predictions, and a KL
+# divergence for the learned variance; denoising is Chapter 2's training loss; features is the masked error:
 #
 #        loss = 0.9 * KD + 0.1 * denoising + beta * features,      beta falling linearly to 0
 # ---------------------------------------------------------------------------------------------------------------------
@@ -760,12 +766,17 @@ def masked_feature_loss(student, teacher, k=2.0):
     """Mean squared error of two models' hidden states (B, T, D) over the entries where neither is an outlier, a scalar.
 
     An entry is an outlier where |h - mean(h)| > k * std(h), mean and std over tokens and channels of one example.
-    What is left out is in neither the sum nor the gradient. k = inf leaves nothing out: plain feature KD.
+    What is left out is in neither the sum nor the gradient. k = inf leaves nothing out: plain feature KD. Raises
+    ValueError for shapes that differ or are not (B, T, D).
     Source: the paper's masked knowledge distillation."""
+    if student.shape != teacher.shape or student.dim() != 3:
+        raise ValueError(f"hidden states {tuple(student.shape)}, {tuple(teacher.shape)}: expected the same (B, T, D)")
+
     def inlier(h):
         h = h.detach().float()
         deviation = (h - h.mean((1, 2), keepdim=True)).abs()
         return ~(deviation > k * h.std((1, 2), keepdim=True))                # k = inf, std = 0: NaN must be an inlier
+
     both = inlier(student) & inlier(teacher)                                 # (B, T, D)
     difference = torch.where(both, student - teacher.detach(), 0)
     return difference.float().square().sum() / both.sum().clamp(min=1)
@@ -844,7 +855,8 @@ def recover(student, teacher, diffusion, batches, pairs, steps, *, kd="masked", 
 # The Frechet distance compares two sets of images through the mean and covariance of their features under some
 # network: |mu1 - mu2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)). FID takes the features of an Inception network trained on
 # ImageNet. On toy data we take those of a small classifier trained on the spot and say so: *toy-FID*. It ranks models
-# of one data set; it cannot be compared with any published FID.
+# of one data set; it cannot be compared with any published FID. Precision asks how many drawn images look real, recall
+# how many real ones could have been drawn, the inception score whether images are clear and of all classes.
 # ---------------------------------------------------------------------------------------------------------------------
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -1115,7 +1127,8 @@ def image_batches(images, labels, batch_size, seed, device="cpu", start=0):
 # ---------------------------------------------------------------------------------------------------------------------
 # Chapter 8. The training loop
 #
-# One loop serves the teacher, the layers, the student and the judge.
+# One loop serves the teacher, the layers, the student and the judge: AdamW, gradient clipping, and an exponential
+# moving average (EMA) of the weights, from which images are drawn.
 # ---------------------------------------------------------------------------------------------------------------------
 
 class NonFiniteLoss(Exception):
