@@ -330,8 +330,7 @@ class Recovery(unittest.TestCase):
     def test_the_last_kept_block_of_a_group_is_matched_with_the_groups_last(self):
         self.assertEqual(tf.match_blocks([(1, 2)] * 3, [0, 3, 4]), [(0, 1), (1, 3), (2, 5)])
         self.assertEqual(tf.match_blocks([(2, 4), (3, 4)], [0, 2, 4, 5, 6]), [(1, 3), (4, 7)])
-        with self.assertRaisesRegex(ValueError, "group 2..3"):
-            tf.match_blocks([(1, 2)] * 2, [0, 1])
+        self.assertEqual(tf.match_blocks([(1, 2)] * 3, [0, 1, 4]), [(1, 1), (2, 5)])  # a group that keeps none: no pair
 
     def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it(self):
         model, diffusion = tiny_dit(), tf.GaussianDiffusion()
@@ -972,8 +971,179 @@ def status_and_words(main, arguments):
     return status, said.getvalue()
 
 
-class CommandLine(unittest.TestCase):
+class Laboratory(unittest.TestCase):
     """Chapter 10."""
+
+    def setUp(self):
+        self.model, self.diffusion, self.groups = tiny_dit(), tf.GaussianDiffusion(), [(1, 2)] * 2
+        data = tf.toy_digits(60, size=8)
+        self.data = tf.ImageSet(data.images, data.labels % 3, ["a", "b", "c"])
+        self.examples = tf.fixed_examples(self.diffusion, self.data.images, self.data.labels, n=48)
+        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        quick = functools.partial(tf.train_classifier, steps=5)  # any judge will do here
+        self.enterContext(mock.patch.object(tf, "train_classifier", quick))
+
+    def laboratory(self):
+        return tf.Laboratory(
+            self.model,
+            self.data,
+            self.diffusion,
+            tf.Notebook(self.folder / "notes.json", {"--seed": "0"}),
+            batch_size=8,
+            learning={"steps": 2},
+            recovery={"steps": 2, "ema_decay": 0.9},
+            samples=10,
+            sampling={"steps": 2},
+        )
+
+    def test_fixed_examples_are_always_the_same_and_cover_all_timesteps(self):
+        again = tf.fixed_examples(self.diffusion, self.data.images, self.data.labels, n=48, batch_size=20)
+        for a, b in zip(zip(*self.examples), zip(*again)):
+            self.assertTrue(torch.equal(torch.cat(a), torch.cat(b)))
+        t = torch.cat([t for _, _, t, _ in again])
+        self.assertEqual((t.min().item(), t.max().item(), len(t.unique())), (0, 999, 48))
+
+    def test_shortgpt_looks_at_direction_and_flux_lite_at_size(self):
+        """Four blocks on two numbers: one that only scales, one that only turns, a small turn, and a last one."""
+
+        class Block(nn.Module):
+            def __init__(self, angle, scale):
+                super().__init__()
+                c, s = math.cos(angle) * scale, math.sin(angle) * scale
+                self.matrix = torch.tensor([[c, s], [-s, c]])
+
+            def forward(self, x):
+                return x @ self.matrix
+
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.blocks = nn.ModuleList([Block(0, 5), Block(1.0, 1), Block(0.5, 1), Block(0, 1)])
+
+            def forward(self, x, t, y):
+                x = x.view(len(x), 1, 2)
+                for block in self.blocks:
+                    x = block(x)
+                return x.view(len(x), 2, 1, 1)
+
+        examples = [(torch.randn(5, 2, 1, 1), None, torch.arange(5), torch.randn(5, 2, 1, 1))]
+        arguments = Model(), [(2, 4)], self.diffusion, examples
+        self.assertEqual(tf.shortgpt(*arguments), [1, 3])  # the largest turn, and the last block, which never goes
+        self.assertEqual(tf.flux_lite(*arguments), [0, 1])  # they move by 4, 4.8, 2.5 and 0 lengths
+        self.assertEqual([len(block._forward_hooks) for block in arguments[0].blocks], [0] * 4)
+
+    def test_sensitivity_drops_the_blocks_whose_removal_costs_least(self):
+        def loss(kept):
+            torch.manual_seed(0)
+            x0, y, t, noise = (torch.cat(part) for part in zip(*self.examples))
+            model = tf.prune(self.model, kept)
+            return self.diffusion.training_losses(model, x0, t, y, noise)["loss"].mean().item()
+
+        losses = [loss([j for j in range(4) if j != i]) for i in range(4)]
+        expected = sorted(sorted(range(4), key=lambda i: -losses[i])[:2])
+        self.assertEqual(tf.sensitivity(self.model, self.groups, self.diffusion, self.examples), expected)
+        self.assertAlmostEqual(tf.calibration_loss(self.model, self.diffusion, self.examples), loss(range(4)), places=5)
+
+    def test_the_oracle_is_the_papers_for_28_blocks_and_refuses_what_is_not_half(self):
+        depth_28 = mock.Mock(blocks=range(28))
+        paper = [0, 2, 4, 6, 8, 10, 12, 15, 17, 19, 21, 23, 25, 27]
+        self.assertEqual(tf.oracle(depth_28, [(2, 4)] * 7), paper)
+        with self.assertRaisesRegex(ValueError, "one block of every pair, not 7 of 28"):
+            tf.oracle(depth_28, [(1, 4)] * 7)
+
+    def test_random_search_ranks_choices_of_the_groups_by_their_loss(self):
+        found = []
+        for place in (0, 0.5, 1):
+            torch.manual_seed(0)
+            found.append(tf.random_search(self.model, self.groups, self.diffusion, self.examples, place, tries=40))
+        every = tf.every_choice(self.groups)
+        self.assertEqual(every, [(0, 2), (0, 3), (1, 2), (1, 3)])
+        ranked = sorted(
+            every, key=lambda kept: tf.calibration_loss(tf.prune(self.model, kept), self.diffusion, self.examples)
+        )
+        self.assertEqual((tuple(found[0]), tuple(found[2])), (ranked[0], ranked[-1]))
+        self.assertIn(tuple(found[1]), ranked[1:3])
+
+    def test_too_many_choices_are_sampled(self):
+        self.assertEqual(len(set(tf.every_choice([(1, 2)] * 6))), 64)
+        sampled = tf.every_choice([(2, 4)] * 7)
+        self.assertEqual({(len(kept), sum(i < 4 for i in kept)) for kept in sampled}, {(14, 2)})
+
+    def test_a_notebook_does_a_job_once_even_after_a_stop(self):
+        path, done = self.folder / "a.json", []
+
+        def work():
+            done.append(1)
+            return {"kept": [1, 2]}
+
+        for _ in range(2):
+            notebook = tf.Notebook(path, {"--seed": "0"})
+            self.assertEqual((notebook.once("a", work), notebook.once("a", work)), ({"kept": [1, 2]},) * 2)
+        self.assertEqual(done, [1])
+        with self.assertRaisesRegex(tf.UserError, "--seed 0 .now 1."):
+            tf.Notebook(path, {"--seed": "1"})
+        path.write_text(path.read_text()[:-5])
+        with self.assertRaisesRegex(tf.UserError, "damaged"):
+            tf.Notebook(path, {"--seed": "0"})
+
+    def test_a_comparison_can_be_stopped_and_continued_and_recovers_every_mask_once(self):
+        recovered, real = [], tf.Laboratory.recover_one
+
+        def counted(lab, kept, seed, how):
+            if len(recovered) == 2 and not stopped:
+                stopped.append(True)
+                raise KeyboardInterrupt
+            recovered.append((tuple(kept), seed))
+            return real(lab, kept, seed, how)
+
+        stopped, said = [], io.StringIO()
+        with mock.patch.object(tf.Laboratory, "recover_one", counted), contextlib.redirect_stdout(said):
+            with contextlib.redirect_stderr(io.StringIO()):
+                with self.assertRaises(KeyboardInterrupt):
+                    tf.compare_criteria(self.laboratory(), self.groups, False, self.folder)
+                tf.compare_criteria(self.laboratory(), self.groups, False, self.folder)
+        self.assertEqual(len(recovered), len(set(recovered)))
+        self.assertGreaterEqual({seed for _, seed in recovered}, {0, 1, 2})
+        for words in (*tf.CRITERIA, *tf.RECIPES, "rank among 4", "Spearman", "±"):
+            self.assertIn(words, said.getvalue())
+        with Image.open(self.folder / "recoverability.png") as picture:
+            self.assertGreater(np.asarray(picture.convert("L")).std(), 5)
+        with mock.patch.object(tf.Laboratory, "recover_one", side_effect=AssertionError("again")):
+            with contextlib.redirect_stdout(io.StringIO()) as again:
+                tf.compare_criteria(self.laboratory(), self.groups, False, self.folder)
+        self.assertEqual(said.getvalue(), again.getvalue())
+
+    def test_spearmans_correlation_and_spreads_are_the_usual_ones(self):
+        import scipy.stats
+
+        a, b = np.random.default_rng(0).normal(size=(2, 30))
+        self.assertAlmostEqual(tf.spearman(a, a + b), scipy.stats.spearmanr(a, a + b).statistic)
+        self.assertEqual((tf.spread([1, 2, 3]), tf.spread([2.0], 1)), ("2.00 ± 1.00", "2.0"))
+        self.assertEqual(tf.spread([1.0, math.inf]), "diverged (1 of 2)")
+
+    def test_a_recovery_that_diverges_is_a_result_and_not_the_end(self):
+        lab = self.laboratory()
+        lab.recovery = {"steps": 5, "lr": 1e12}
+        with contextlib.redirect_stderr(io.StringIO()):
+            (result,) = lab.recover_all([((0, 2), 0, {})])
+        self.assertEqual((result["toy_fid"], math.isfinite(result["loss_after_pruning"])), (math.inf, True))
+
+    def test_an_injected_massive_activation_swamps_the_plain_feature_loss_and_not_the_masked_one(self):
+        x, t, y = torch.randn(4, 1, 8, 8), torch.full((4,), 9), torch.zeros(4, dtype=torch.long)
+        with torch.no_grad():
+            out, (h,) = self.model(x, t, y, hidden=(1,))
+            with_one, (g,) = tf.Injected(self.model, 50)(x, t, y, hidden=(1,))
+        self.assertTrue(torch.equal(out, with_one))
+        self.assertLess(tf.massive_activation(h).max(), 7)
+        self.assertGreater(tf.massive_activation(g).min(), 7)
+        other = h + 0.1 * torch.randn_like(h)
+        self.assertGreater(tf.masked_feature_loss(other, g, math.inf), 100 * tf.masked_feature_loss(other, h, math.inf))
+        near = tf.masked_feature_loss(other, g) / tf.masked_feature_loss(other, h)
+        self.assertTrue(0.5 < near < 2, near)
+
+
+class CommandLine(unittest.TestCase):
+    """Chapter 11."""
 
     TINY = [
         "--teacher-steps",
@@ -1111,6 +1281,12 @@ class CommandLine(unittest.TestCase):
             (["--data", str(self.folder / "empty")], "class folder"),
             (["--batch-size", "6000"], "more than the 5000 images"),
             (["--nonsense"], "unrecognized"),
+            (["--quick"], "--quick goes with --compare"),
+            (["--kept", "0,1", "--criterion", "oracle"], "give one of them"),
+            (["--kept", "3,2"], "ascending"),
+            (["--kept", "0,12"], "blocks 0 to 11"),
+            (["--criterion", "best"], "choose from"),
+            (["--compare", "criteria", "--kd", "none"], "leave out --kd"),
         ):
             status, words = status_and_words(tf.main, ["--out", str(self.folder / "run"), *arguments])
             self.assertEqual((status, words.count("\n")), (2, 1), (arguments, words))

@@ -28,6 +28,7 @@ The method.  With weights Phi, search for the mask m together with the fine-tuni
 How to run.
     python tinyfusion.py                      the whole story on drawn digits, some minutes on a laptop, into runs/toy/
     python tinyfusion.py --data FOLDER        the same on your images, one sub-folder per class
+    python tinyfusion.py --compare criteria   learning against older rules, all 64 masks recovered (--quick: some)
     python tinyfusion.py --help               every flag
     python sample.py --ckpt runs/toy/student.pt
 
@@ -36,8 +37,8 @@ Letters in the shape comments.
     C channels of an image or latent    H, W its height and width    P side of a patch    F (in shapes) features
 
 Chapters.
-    1 The model: DiT           4 Recoverability: LoRA       7 Data                    10 The command line
-    2 Diffusion                5 Recovery: masked KD        8 The training loop
+    1 The model: DiT           4 Recoverability: LoRA       7 Data                    10 The laboratory
+    2 Diffusion                5 Recovery: masked KD        8 The training loop       11 The command line
     3 The layer sampler        6 Measuring                  9 Files and pictures
 The method is in Chapters 3, 4 and 5, under 200 lines of code; the rest feeds it or judges it. Every function takes what
 it needs as arguments, so it can be copied out with those that it calls.
@@ -47,6 +48,7 @@ paper; MIT licence.
 """
 
 import argparse
+import collections
 import copy
 import functools
 import itertools
@@ -371,6 +373,7 @@ class GaussianDiffusion:
             "posterior_xt": (1 - self.abar_prev) * np.sqrt(1 - betas) / (1 - self.abar),
             "log_small": np.log(posterior_clipped), "log_large": np.log(betas),              # a learned variance's ends
             "log_fixed": np.log(np.append(posterior_clipped[0], betas[1:])),                 # for models without one
+            "snr": self.abar / (1 - self.abar),
         }
         self._table = {name: torch.tensor(values, dtype=torch.float32) for name, values in table.items()}
 
@@ -383,6 +386,10 @@ class GaussianDiffusion:
     def sample_t(self, batch_size, device=None):
         """Training timesteps (B,), uniform."""
         return torch.randint(self.num_timesteps, (batch_size,), device=device)
+
+    def snr(self, t):
+        """The signal-to-noise ratio (B,) at timesteps t (B,): the variance of the image's share over the noise's."""
+        return self._at("snr", t, t)
 
     def q_sample(self, x0, t, noise):
         """The noisy image x_t (B, C, H, W) = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise."""
@@ -735,6 +742,21 @@ def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=
     return sampler, history
 
 
+def masked_denoising(diffusion, batches, dropped_share=1.0, snr_gamma=math.inf):
+    """The loss_fn of `learn_layers` for a diffusion model: the denoising loss of the next of `batches`, (x0, y), every
+    example under a mask of its own. dropped_share as in `masked_forward`.
+
+    snr_gamma: a finite one weights timesteps by min(SNR, gamma) / SNR (min-SNR, arXiv:2303.09556), where SNR is
+    abar / (1 - abar): the last traces of noise, hard to predict and hardly seen in a drawn image, count for less."""
+    def loss_fn(model, sample_mask):
+        x0, y = next(batches)
+        t = diffusion.sample_t(len(x0), x0.device)
+        masked = functools.partial(model, mask=sample_mask(len(x0)), dropped_share=dropped_share)
+        snr = diffusion.snr(t)
+        return (snr.clamp(max=snr_gamma) / snr * diffusion.training_losses(masked, x0, t, y)["loss"]).mean()
+    return loss_fn
+
+
 def prune(model, kept):
     """A shallower copy of `model`: only the blocks numbered in `kept`, everything else the same, weights untouched.
 
@@ -784,13 +806,13 @@ def masked_feature_loss(student, teacher, k=2.0):
 
 def match_blocks(groups, kept):
     """Pairs (student block, teacher block) for feature KD: the last kept block of every group, as numbered in the
-    student, with the group's last block. For 1:2 that is (i, 2i + 1). Raises ValueError where a group keeps none."""
+    student, with the group's last block. For 1:2 that is (i, 2i + 1). A group that keeps none, as the criteria of
+    Chapter 10 may leave it, has no pair."""
     pairs, start = [], 0
     for _, m in groups:
         inside = [i for i, block in enumerate(kept) if start <= block < start + m]
-        if not inside:
-            raise ValueError(f"no block of the group {start}..{start + m - 1} is kept in {list(kept)}")
-        pairs.append((inside[-1], start + m - 1))
+        if inside:
+            pairs.append((inside[-1], start + m - 1))
         start += m
     return pairs
 
@@ -973,7 +995,8 @@ def train_classifier(data, device, steps=400, batch_size=64, on_step=None):
 def measure(models, data, judge, diffusion, samples, sampling, seed=0, batch_size=50, label="measure"):
     """Draw `samples` images with each of `models`, a dict of names and models, from the same noise, labels in the
     shares of `data`, and compare them with all of `data`. The models take turns batch by batch, so that a busy machine
-    slows all of them alike; images/s is the median batch's. Returns {name: dict of plain numbers}."""
+    slows all of them alike; images/s is the median batch's. `label` starts the progress line; None: no line. Returns
+    {name: dict of plain numbers}."""
     device = next(judge.parameters()).device
 
     @torch.no_grad()
@@ -991,7 +1014,7 @@ def measure(models, data, judge, diffusion, samples, sampling, seed=0, batch_siz
     for model in models.values():                # warm up before the clock runs
         draw(model, labels=labels[:batch_size].to(device), indices=range(batch_size), sampling=sampling | {"steps": 2})
     turns = list(itertools.product(torch.arange(samples).split(batch_size), models))
-    report = progress(label, len(turns))
+    report = progress(label, len(turns)) if label else lambda *_: None
     for turn, (index, name) in enumerate(turns):
         start = time.perf_counter()
         images = draw(models[name], labels=labels[index].to(device), indices=index.tolist(), sampling=sampling)
@@ -1176,7 +1199,7 @@ def train(model, loss_fn, steps, *, params=None, lr=1e-4, final_lr_ratio=1.0, wa
     return result.eval()
 
 
-def progress(label, steps, log_file=None):
+def progress(label, steps, log_file=None, unit="steps"):
     """An on_step that shows "label step/steps, loss, speed, time left" and appends lines of JSON to `log_file`, 100
     times over the run. Numbers are those of the step, the loss the mean since the last report."""
     start, losses, every = time.perf_counter(), [], max(1, steps // 100)
@@ -1190,7 +1213,7 @@ def progress(label, steps, log_file=None):
             return
         speed = done / (time.perf_counter() - start)
         loss = f"  loss {sum(losses) / len(losses):.4f}" if losses else ""
-        line = f"{label:8} {done}/{steps}{loss}  {speed:.1f} steps/s  {(steps - done) / speed:.0f} s left"
+        line = f"{label:8} {done}/{steps}{loss}  {speed:.3g} {unit}/s  {(steps - done) / speed:.0f} s left"
         if live or done == steps or done // every % 10 == 0:
             end = "" if live and done < steps else "\n"
             print(f"\r{line:<79}" if live else line, end=end, file=sys.stderr, flush=True)
@@ -1261,6 +1284,22 @@ def read_checkpoint(path):
     if not isinstance(checkpoint, dict) or not set(expected) <= checkpoint.keys():
         raise UserError(f"checkpoint {path}: not one of this program's; expected the entries {', '.join(expected)}")
     return checkpoint
+
+
+def made_with(path, settings, entry):
+    """The content of a result file, a dict with `settings` and `entry`. Raises UserError, with the difference, where it
+    was made with other settings than these, and where it is damaged."""
+    try:
+        result = read_checkpoint(path) if path.suffix == ".pt" else json.loads(path.read_text())
+        made, _ = result["settings"], result[entry]
+        different = [f"{flag} {made.get(flag)} (now {value})" for flag, value in settings.items()
+                     if made.get(flag) != value]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is damaged or not of this program; remove it, or choose another --out") from None
+    if different:
+        raise UserError(f"{path} was made with {', '.join(different)}: give the same flags, remove the file, or "
+                        "choose another --out")
+    return result
 
 
 def load_checkpoint(path, device="cpu"):
@@ -1367,8 +1406,398 @@ def draw_decisions(path, history, groups, kept):
     write_png(path, sheet)
 
 
+def draw_recoverability(path, title, dots, marks):
+    """recoverability.png: the loss after pruning against the toy-FID after recovery, both axes logarithmic. dots:
+    (loss, finite toy-FIDs of the recovery seeds) of every mask; marks: (name, the number of its dot) of some."""
+    left, top, right, bottom = 90, 60, 690, 600
+    sheet = Image.new("RGB", (right + 330, bottom + 70), "white")
+    draw, grey, dark, red = ImageDraw.Draw(sheet), (170, 178, 190), (18, 62, 130), (205, 60, 20)
+
+    def axis(values, start, end):                # a number to its place between two pixels, and round numbers to name
+        low, high = math.log(min(values) / 1.15), math.log(max(values) * 1.15)
+        ticks = [a * 10.0 ** e for e in range(-9, 9) for a in (1, 2, 3, 5, 7)]
+        return (lambda v: start + (math.log(v) - low) / (high - low) * (end - start),
+                [tick for tick in ticks if low <= math.log(tick) <= high])
+
+    x_of, x_ticks = axis([loss for loss, _ in dots], left, right)
+    y_of, y_ticks = axis([fid for _, fids in dots for fid in fids], bottom, top)
+    text(draw, (left - 60, 10), title, size=18)
+    for tick in x_ticks:
+        draw.line((x_of(tick), top, x_of(tick), bottom), fill=(232, 235, 240))
+        text(draw, (x_of(tick), bottom + 20), f"{tick:g}", anchor="ms")
+    for tick in y_ticks:
+        draw.line((left, y_of(tick), right, y_of(tick)), fill=(232, 235, 240))
+        text(draw, (left - 10, y_of(tick)), f"{tick:g}", anchor="rm")
+    text(draw, ((left + right) / 2, bottom + 48), "loss right after pruning", anchor="ms")
+    text(draw, (left - 60, top - 16), "toy-FID after recovery (lower is better)", anchor="ls")
+    named = {}
+    for number, (_, dot) in enumerate(marks, 1):
+        named.setdefault(dot, []).append(number)
+    for dot, (loss, fids) in enumerate(dots):    # unnamed ones first, so that names lie on top
+        x, y = x_of(loss), y_of(np.mean(fids))
+        draw.line((x, y_of(min(fids)), x, y_of(max(fids))), fill=grey)       # the recovery seeds, from best to worst
+        if dot not in named:
+            draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=grey)
+    for dot, numbers in named.items():
+        x, y = x_of(dots[dot][0]), y_of(np.mean(dots[dot][1]))
+        colour = red if any("learned" in marks[n - 1][0] for n in numbers) else dark
+        draw.ellipse((x - 5, y - 5, x + 5, y + 5), fill=colour)
+        text(draw, (x + 8, y - 4), ",".join(map(str, numbers)), anchor="ls", fill=colour)
+    for number, (name, _) in enumerate(marks, 1):
+        text(draw, (right + 30, top + 24 * number), f"{number}  {name}", fill=red if "learned" in name else dark)
+    text(draw, (right + 30, bottom), "dots: means, lines: recovery seeds", anchor="ls")
+    write_png(path, sheet)
+
+
+def print_table(header, rows):
+    """Print rows of words as a table that is one in Markdown too."""
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    lines = [header, [("-" if i == 0 else "-:").rjust(width, "-") for i, width in enumerate(widths)], *rows]
+    print()
+    for first, *others in lines:
+        words = [first.ljust(widths[0]), *(word.rjust(width) for word, width in zip(others, widths[1:]))]
+        print("|", " | ".join(words), "|")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Chapter 10. The command line
+# Chapter 10. The laboratory: does learning beat the rules?
+#
+# Older methods drop the blocks that hurt least *now*. The paper's claim (its Table 3 and Figure 5): the loss right
+# after pruning does not tell how good a model will be after fine-tuning, its recoverability. Here that can be seen.
+# First come the criteria that learning is compared with, each a function of one shape:
+#
+#        kept = criterion(model, groups, diffusion, examples)
+#
+# Then the laboratory, which recovers what they choose with one budget, the same data, noise and seeds, and three
+# comparisons: of criteria (Table 3; with 12 blocks and groups 1:2 there are only 64 masks, and all are recovered, so
+# that every choice has a rank), of groups and weight updates (Table 4), and of ways to recover (Table 5).
+# ---------------------------------------------------------------------------------------------------------------------
+
+def fixed_examples(diffusion, images, labels, n=512, seed=0, device="cpu", batch_size=128):
+    """Batches (x0, y, t, noise) of n examples in all, the same at every call, on which models can be compared without
+    training them. The timesteps are spread evenly. images and labels as in `image_batches`."""
+    x0, y = next(image_batches(images, labels, n, seed, device))
+    t = torch.linspace(0, diffusion.num_timesteps - 1, len(y)).long().to(device)
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    return list(zip(*(values.split(batch_size) for values in (x0, y, t, noise))))
+
+
+@torch.no_grad()
+def calibration_loss(model, diffusion, examples):
+    """Mean training loss of a model, in eval mode, on `fixed_examples`: a float."""
+    return torch.cat([diffusion.training_losses(model, x0, t, y, noise)["loss"]
+                      for x0, y, t, noise in examples]).mean().item()
+
+
+def block_scores(model, diffusion, examples, score):
+    """score(x, out), from a block's input and output (B, T, D) to (B,), of every block on all examples: (n, L)."""
+    seen = [[] for _ in model.blocks]
+    hooks = [block.register_forward_hook(lambda _, args, out, scores=scores: scores.append(score(args[0], out).cpu()))
+             for block, scores in zip(model.blocks, seen)]
+    calibration_loss(model, diffusion, examples)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack([torch.cat(scores) for scores in seen], dim=1)
+
+
+def massive_activation(h):
+    """The largest |h - mean| / std of hidden states (B, T, D), per example: (B,). The paper masks what is above 2."""
+    return ((h - h.mean((1, 2), keepdim=True)).abs() / h.std((1, 2), keepdim=True)).amax((1, 2))
+
+
+def keep_highest(scores, groups):
+    """As many blocks as the groups keep in all, those of the highest scores (L,), ascending. The criteria below rank
+    all blocks together, so a group may keep more than its N, or none."""
+    return sorted(scores.argsort(descending=True, stable=True)[:sum(n for n, _ in groups)].tolist())
+
+
+def shortgpt(model, groups, diffusion, examples):
+    """Block influence: drop the blocks whose output points where their input did (highest mean cosine similarity). The
+    last block always stays. Source: ShortGPT, arXiv:2403.03853."""
+    similarity = block_scores(model, diffusion, examples, lambda x, out: F.cosine_similarity(x, out, dim=-1).mean(1))
+    scores = -similarity.mean(0)
+    scores[-1] = math.inf
+    return keep_highest(scores, groups)
+
+
+def flux_lite(model, groups, diffusion, examples):
+    """Drop the blocks with the smallest mean squared difference of input and output. Source: Flux.1 Lite."""
+    change = block_scores(model, diffusion, examples, lambda x, out: mean_flat((out - x) ** 2))
+    return keep_highest(change.mean(0), groups)
+
+
+def sensitivity(model, groups, diffusion, examples):
+    """Drop the blocks whose removal, each alone, raises the loss least."""
+    blocks = range(len(model.blocks))
+    return keep_highest(torch.tensor([calibration_loss(prune(model, [j for j in blocks if j != i]), diffusion, examples)
+                                      for i in blocks]), groups)
+
+
+def oracle(model, groups, diffusion=None, examples=None):
+    """A rule without data: of every pair of blocks keep the first in the first half of the model and the last in the
+    second, so that both ends stay. Raises ValueError where it is not half of an even number of blocks that is to be
+    kept. Source: BK-SDM, arXiv:2305.15798."""
+    depth = len(model.blocks)
+    if depth != 2 * sum(n for n, _ in groups):
+        raise ValueError(f"the oracle keeps one block of every pair, not {sum(n for n, _ in groups)} of {depth}")
+    return [i if i < depth / 2 else i + 1 for i in range(0, depth, 2)]
+
+
+def random_choice(model, groups, diffusion=None, examples=None):
+    """One candidate of every group, all equally likely, by torch's random numbers."""
+    return LayerSampler(groups)(1)[0].nonzero().flatten().tolist()
+
+
+def random_search(model, groups, diffusion, examples, place, tries=64):
+    """Of so many random choices, the one at `place` in the order of their loss: 0 lowest, 0.5 median, 1 highest."""
+    choices = {tuple(random_choice(model, groups)) for _ in range(tries)}
+    ranked = sorted(choices, key=lambda kept: (calibration_loss(prune(model, kept), diffusion, examples), kept))
+    return list(ranked[round(place * (len(ranked) - 1))])
+
+
+CRITERIA = {
+    "shortgpt": shortgpt, "flux-lite": flux_lite, "sensitivity": sensitivity, "oracle": oracle, "random": random_choice,
+    "random-lowest": functools.partial(random_search, place=0.0),
+    "random-median": functools.partial(random_search, place=0.5),
+    "random-highest": functools.partial(random_search, place=1.0),
+}
+
+
+class Notebook:
+    """Results of finished jobs in one JSON file, written anew, whole, after every job. A job that stands there is not
+    done again: a long comparison can be stopped at any point and continued, and no mask is recovered twice.
+
+    settings: {name: word}, what all jobs depend on. Raises UserError where the file was made with others, or is torn.
+    """
+
+    def __init__(self, path, settings):
+        self.path, self.settings, self.jobs = Path(path), settings, {}
+        if self.path.exists():
+            self.jobs = made_with(self.path, settings, "jobs")["jobs"]
+
+    def once(self, job, work):
+        """The result of `job`, a sentence that says all that it depends on. work() is called where there is none."""
+        if job not in self.jobs:
+            self.jobs[job] = work()
+            content = json.dumps({"settings": self.settings, "jobs": self.jobs}, indent=0)
+            write_file(self.path, lambda file: file.write(content.encode()))
+        return self.jobs[job]
+
+
+class Injected(nn.Module):
+    """A teacher whose hidden states have one massive activation each: channel 0 of token 0 is `size` standard
+    deviations. For showing what it does to feature KD; the output of the model is not touched."""
+
+    def __init__(self, teacher, size):
+        super().__init__()
+        self.teacher, self.size = teacher, size
+
+    def forward(self, *args, hidden=None):
+        out, features = self.teacher(*args, hidden=hidden)
+        for h in features:
+            h[:, 0, 0] = self.size * h.std((1, 2))
+        return out, features
+
+
+class Laboratory:
+    """One teacher and one budget for every choice of blocks: `choose` them, then see them `recovered`.
+
+    data: an ImageSet; learning, recovery: keyword arguments of `learn_layers` and `recover`; sampling: those of
+    `GaussianDiffusion.sample`; samples: images drawn to measure a model."""
+
+    def __init__(self, teacher, data, diffusion, notebook, batch_size, learning, recovery, samples, sampling):
+        self.teacher, self.data, self.diffusion, self.notebook = teacher, data, diffusion, notebook
+        self.batch_size, self.learning, self.recovery = batch_size, learning, recovery
+        self.samples, self.sampling = samples, sampling
+        self.device = next(teacher.parameters()).device
+        self.examples = fixed_examples(diffusion, data.images, data.labels, device=self.device)
+
+    @functools.cached_property
+    def judge(self):
+        return train_classifier(self.data, self.device)[0]
+
+    def batches(self, seed):
+        return image_batches(self.data.images, self.data.labels, self.batch_size, seed, self.device)
+
+    def choose(self, how, groups, seed=0, **learning):
+        """The blocks that `how`, a name in CRITERIA or "learned", keeps: a dict of `kept` and the `seconds` it took."""
+        learning = {"update": "lora"} | learning if how == "learned" else {}
+
+        def work():
+            torch.manual_seed(seed)
+            start = time.perf_counter()
+            if how in CRITERIA:
+                kept = CRITERIA[how](self.teacher, groups, self.diffusion, self.examples)
+            else:
+                settings = self.learning | learning
+                loss_fn = masked_denoising(self.diffusion, self.batches(seed),
+                                           snr_gamma=settings.pop("snr_gamma", math.inf))
+                report = progress(f"learn {learning['update']}, seed {seed} ", settings["steps"])
+                kept = learn_layers(self.teacher, loss_fn, groups, on_step=report, **settings)[0].kept()
+            return {"kept": kept, "seconds": time.perf_counter() - start}
+        return self.notebook.once(f"{how} {learning or ''} for groups {groups}, seed {seed}", work)
+
+    def recover_all(self, jobs):
+        """Prune, recover and measure for each of `jobs`, (kept blocks, seed, dict of kd, k and groups as in `recover`
+        and `match_blocks`, and injected as in `Injected`). Returns a dict for each: `loss_after_pruning` and `loss`,
+        on the fixed examples; `first_loss`, of the first step; `toy_fid`. All but the first are inf where recovery
+        diverged."""
+        named = [(f"{list(job[0])} recovered with seed {job[1]} {job[2] or ''}", job) for job in jobs]
+        new = {name: job for name, job in named if name not in self.notebook.jobs}
+        report = progress("recover", len(new), unit="models")
+        for done, (name, job) in enumerate(new.items()):
+            self.notebook.once(name, functools.partial(self.recover_one, *job))
+            report(done, {})
+        return [self.notebook.jobs[name] for name, _ in named]
+
+    def recover_one(self, kept, seed, how):
+        how, losses = {"kd": "none", "groups": (), "k": 2.0, "injected": 0} | how, []
+        student = prune(self.teacher, kept)
+        before = calibration_loss(student, self.diffusion, self.examples)
+        teacher = Injected(self.teacher, how["injected"]) if how["injected"] else self.teacher
+        torch.manual_seed(seed)
+        try:
+            student = recover(student, teacher, self.diffusion, self.batches(seed), match_blocks(how["groups"], kept),
+                              kd=how["kd"], k=how["k"], on_step=lambda step, seen: losses.append(seen["loss"]),
+                              **self.recovery)
+        except NonFiniteLoss:
+            return {"loss_after_pruning": before, "loss": math.inf, "first_loss": math.inf, "toy_fid": math.inf}
+        measured = measure({"student": student}, self.data, self.judge, self.diffusion, self.samples, self.sampling,
+                           seed, label=None)["student"]
+        return {"loss_after_pruning": before, "loss": calibration_loss(student, self.diffusion, self.examples),
+                "first_loss": losses[0], "toy_fid": measured["toy_fid"]}
+
+
+def spread(values, digits=2):
+    """"mean ± standard deviation" of some numbers, or the number if it is one, or how many are not finite."""
+    if not np.isfinite(values).all():
+        return f"diverged ({np.sum(~np.isfinite(values))} of {len(values)})"
+    return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
+
+
+def spearman(a, b):
+    """Spearman's rank correlation of two lists of numbers without ties."""
+    return float(np.corrcoef(np.argsort(np.argsort(a)), np.argsort(np.argsort(b)))[0, 1])
+
+
+def every_choice(groups, at_most=64):
+    """All choices of blocks that the groups allow, as tuples; where they are too many, so many random ones."""
+    if math.prod(math.comb(m, n) for n, m in groups) > at_most:
+        torch.manual_seed(0)
+        return list({tuple(random_choice(None, groups)): None for _ in range(at_most)})
+    starts = itertools.accumulate((m for _, m in groups), initial=0)
+    parts = [itertools.combinations(range(start, start + m), n) for start, (n, m) in zip(starts, groups)]
+    return [sum(choice, ()) for choice in itertools.product(*parts)]
+
+
+RECIPES = {"the paper's recipe": {}, "full update, min-SNR": {"update": "full", "snr_gamma": 5.0}}
+
+
+COLUMNS = ["method", "kept blocks", "loss after pruning", "loss after recovery", "toy-FID after recovery",
+           "seconds to choose"]
+
+
+def recover_choices(lab, chosen, seeds, pool=()):
+    """Recover all that was chosen, {method: [a result of lab.choose, ...]}, and the masks of `pool`, each with every
+    seed. Returns a table's rows (COLUMNS; mean and spread over the choices, or over the seeds of a single one), the
+    results {kept: [dict of each seed]}, and a function that tells the rank of a mask in the pool by mean toy-FID."""
+    masks = list(dict.fromkeys([tuple(c["kept"]) for choices in chosen.values() for c in choices] + list(pool)))
+    found = lab.recover_all([(kept, seed, {}) for seed in seeds for kept in masks])
+    results = {kept: found[i::len(masks)] for i, kept in enumerate(masks)}
+    fid = {kept: np.mean([result["toy_fid"] for result in results[kept]]) for kept in masks}
+    rows = []
+    for name, choices in chosen.items():
+        kepts = [tuple(choice["kept"]) for choice in choices]
+        often = max(kepts, key=kepts.count)
+        turns = [results[kepts[i % len(kepts)]][i % len(seeds)] for i in range(max(len(kepts), len(seeds)))]
+        rows.append([name, " ".join(map(str, often)) + f" ({kepts.count(often)} of {len(kepts)})" * (len(kepts) > 1),
+                     spread([turn["loss_after_pruning"] for turn in turns], 3),
+                     spread([turn["loss"] for turn in turns], 4), spread([turn["toy_fid"] for turn in turns], 1),
+                     spread([choice["seconds"] for choice in choices], 1)])
+    return rows, results, lambda kept: 1 + sum(fid[other] < fid[tuple(kept)] for other in pool)
+
+
+def compare_criteria(lab, groups, quick, out):
+    """Table 3 and Figure 5 in miniature: every criterion's choices, and all masks that the groups allow."""
+    seeds, learn_seeds, pool = range(3), range(10), every_choice(groups)
+    if quick:
+        seeds = learn_seeds = range(1)
+        pool = [pool[i] for i in torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))[:8]]
+    chosen = {f"learned, {name}": [lab.choose("learned", groups, seed, **recipe) for seed in learn_seeds]
+              for name, recipe in RECIPES.items()}
+    for name in CRITERIA:                        # only what is random depends on the seed
+        try:
+            chosen[name] = [lab.choose(name, groups, seed) for seed in (seeds if "random" in name else [0])]
+        except ValueError as error:
+            print(f"{name} is left out: {error}")
+    rows, results, rank = recover_choices(lab, chosen, seeds, pool)
+    for row, choices in zip(rows, chosen.values()):
+        counts = collections.Counter(sorted(rank(choice["kept"]) for choice in choices))
+        row.append(", ".join(f"{place} ({n}x)" if n > 1 else f"{place}" for place, n in counts.items()))
+    print_table(COLUMNS + [f"rank among {len(pool)}"], rows)
+    fids = np.array([[result["toy_fid"] for result in results[kept]] for kept in pool])      # (masks, seeds)
+    before, after = ([np.mean([result[key] for result in results[kept]]) for kept in pool]
+                     for key in ("loss_after_pruning", "loss"))
+    print(f"\nOver {len(pool)} masks, Spearman's correlation with toy-FID after recovery is "
+          f"{spearman(before, fids.mean(1)):.2f} for the loss after\npruning and "
+          f"{spearman(after, fids.mean(1)):.2f} for the loss after recovery.")
+    if len(seeds) > 1:
+        moves = np.ptp(fids.argsort(0).argsort(0), axis=1)
+        alike = min(spearman(fids[:, a], fids[:, b]) for a, b in itertools.combinations(seeds, 2))
+        print(f"From one recovery seed to another a mask's rank moves by {np.median(moves):.0f} in the median and by "
+              f"{moves.max()} at most;\nSpearman's correlation of two seeds' toy-FIDs is at least {alike:.3f}.")
+    dots = {kept: (found[0]["loss_after_pruning"], [result["toy_fid"] for result in found])
+            for kept, found in results.items() if all(math.isfinite(result["toy_fid"]) for result in found)}
+    marks = {name: tuple(max((c["kept"] for c in choices), key=[c["kept"] for c in choices].count))
+             for name, choices in chosen.items()}
+    draw_recoverability(out / "recoverability.png", f"{len(dots)} choices of blocks recovered, {len(seeds)} seeds each",
+                        list(dots.values()), [(f"{name}: rank {rank(kept)}", list(dots).index(kept))
+                                              for name, kept in marks.items() if kept in dots])
+
+
+def compare_groups(lab, groups, quick, out):
+    """Table 4 in miniature: 1:2, 2:4 and half of all, each learned with LoRA, a full update, and frozen weights."""
+    depth, seeds, chosen = len(lab.teacher.blocks), range(1 if quick else 3), {}
+    for pattern in ("1:2", f"{depth // 2}:{depth}") if quick else ("1:2", "2:4", f"{depth // 2}:{depth}"):
+        for update in ("lora", "full", "frozen"):
+            try:
+                chosen[f"{pattern}, {update}"] = [
+                    lab.choose("learned", parse_groups(pattern, depth), seed, update=update) for seed in seeds]
+            except ValueError as error:
+                print(f"{pattern} is left out: {error}")
+    print_table(COLUMNS, recover_choices(lab, chosen, seeds)[0])
+
+
+RECOVERIES = {
+    "fine-tuning": {"kd": "none"}, "logits KD": {"kd": "logits"}, "feature KD": {"kd": "feature"},
+    "masked KD, 0.1 sigma": {"kd": "masked", "k": 0.1}, "masked KD, 2 sigma": {"kd": "masked", "k": 2.0},
+    "masked KD, 4 sigma": {"kd": "masked", "k": 4.0},
+    "feature KD, one injected": {"kd": "feature", "injected": 1000},
+    "masked KD, 2 sigma, one injected": {"kd": "masked", "k": 2.0, "injected": 1000},
+}
+
+
+def compare_recovery(lab, groups, quick, out):
+    """Table 5 in miniature."""
+    seeds = range(1 if quick else 3)
+    kepts = [lab.choose("learned", groups, seed)["kept"] for seed in seeds]
+    found = lab.recover_all([(kepts[seed], seed, {"groups": groups} | how)
+                             for how in RECOVERIES.values() for seed in seeds])
+    rows = []
+    for i, name in enumerate(RECOVERIES):
+        part = found[i * len(seeds):(i + 1) * len(seeds)]
+        rows.append([name, *(spread([result[key] for result in part], digits)
+                             for key, digits in (("first_loss", 3), ("loss", 4), ("toy_fid", 1)))])
+    print_table(["recovery", "first loss", "loss after recovery", "toy-FID after recovery"], rows)
+    largest = block_scores(lab.teacher, lab.diffusion, lab.examples, lambda x, out: massive_activation(out)).amax(0)
+    print("\nLargest |h - mean| / std in the teacher's blocks:", *(f"{value:.1f}" for value in largest))
+
+
+COMPARISONS = {"criteria": compare_criteria, "groups": compare_groups, "recovery": compare_recovery}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chapter 11. The command line
 #
 # Four stages, each with one result in the output folder. A result carries the settings it was made with: found again
 # with the same ones it is reused; with others, the run stops before it does anything.
@@ -1413,6 +1842,14 @@ def stage_list(word):
     return [stage for stage in RESULTS if stage in asked]
 
 
+def block_list(word):
+    """An argparse type: numbers of blocks, ascending."""
+    blocks = [int(part) if part.isdecimal() else -1 for part in word.split(",")]
+    if blocks != sorted(set(blocks)) or blocks[0] < 0:
+        raise argparse.ArgumentTypeError(f"{word!r}: expected numbers of blocks, ascending, as in 0,2,5")
+    return blocks
+
+
 COUNT, RATE = number(int, 1), number(float, 1e-12)
 # Flag and placeholder; type, or the words allowed; default, a pair where the toy's differs from that of the other
 # models; the first stage whose result depends on it; help.
@@ -1425,6 +1862,9 @@ FLAGS = [
     ("--ema X", number(float, 0, 0.999999), (0.99, 0.9999), "teacher", "decay of the average of the weights"),
     ("--teacher-steps N", COUNT, (1200, 400_000), "teacher", "training steps (batches, not epochs) of the teacher"),
     ("--teacher-lr X", RATE, (1e-2, 1e-4), "teacher", "the teacher's learning rate"),
+    ("--criterion NAME", ("learned", *CRITERIA), "learned", "learn",
+     f"how the blocks to keep are chosen: learned, {', '.join(CRITERIA)}"),
+    ("--kept LIST", block_list, None, "learn", "keep these blocks, as in 0,2,5, instead of choosing any"),
     ("--groups N:M", str, "1:2", "learn", "keep N of every M blocks; or one N:M per group, as in 2:4,3:4,2:4"),
     ("--learn-steps N", COUNT, (300, 10_000), "learn", "steps of learning which blocks to keep"),
     ("--logits-lr X", RATE, (3e-3, 1e-3), "learn", "learning rate of the mask's logits"),
@@ -1432,14 +1872,19 @@ FLAGS = [
     ("--rank N", COUNT, 8, "learn", "rank of the LoRA update; its alpha is twice that"),
     ("--learn-lr X", RATE, (1e-3, 1e-4), "learn", "learning rate of the weight update"),
     ("--dropped-share X", number(float, 0.001, 1), 1.0, "learn", "share of dropped rows run for the mask; 1: exact"),
-    ("--recover-steps N", COUNT, (300, 100_000), "recover", "fine-tuning steps of the student"),
+    ("--snr-gamma X", number(float, 1e-3), None, "learn",
+     "learn with timesteps weighted by min-SNR of this gamma, such as 5; without it, all count alike"),
+    ("--recover-steps N", COUNT, (300, 100_000, 100), "recover", "fine-tuning steps of the student"),
     ("--recover-lr X", RATE, (2e-3, 2e-4), "recover", "the student's learning rate"),
     ("--kd HOW", KD_MODES, "masked", "recover", f"what the student learns from: {', '.join(KD_MODES)}"),
     ("--samples N", number(int, 10), (500, 50_000), "measure", "images drawn from each model to measure it"),
-    ("--sample-steps N", number(int, 2, 1000), (50, 250), "measure", "sampling steps per image"),
+    ("--sample-steps N", number(int, 2, 1000), (50, 250, 25), "measure", "sampling steps per image"),
     ("--guidance X", number(float, 0), 1.5, "measure", "classifier-free guidance scale; 1 is without"),
     ("--eta X", number(float, 0, 1), 1.0, "measure", "1 samples by DDPM, 0 by DDIM"),
     ("--stages LIST", stage_list, ",".join(RESULTS), None, "stages to run; one left out must be there in --out"),
+    ("--compare WHAT", tuple(COMPARISONS), None, None,
+     f"instead, choose, prune and recover many times, and compare {', '.join(COMPARISONS)}"),
+    ("--quick", bool, False, None, "compare with one seed and fewer masks"),
     ("--out DIR", nonempty, None, None, "folder of the results: runs/toy, or runs/NAME for --data NAME"),
     ("--device NAME", nonempty, None, "measure", "cpu, cuda, cuda:1 ...; without it, the first GPU if there is one"),
 ]
@@ -1450,8 +1895,11 @@ def parse_args(argv=None):
     parser = Parser(prog="tinyfusion.py", formatter_class=argparse.RawDescriptionHelpFormatter, description=(
         "Train a diffusion transformer, learn which of its layers to keep, prune it, recover it and measure it.\n"
         "With no flag: drawn digits, on a laptop, into runs/toy. Of a default a / b, a is that of --model toy, and\n"
-        "b that of every other model, where it can the paper's for DiT-XL."))
+        "b that of every other model, where it can the paper's for DiT-XL; a third is that of --compare."))
     for flag, kind, default, _, words in FLAGS:
+        if kind is bool:
+            parser.add_argument(flag, action="store_true", help=words)
+            continue
         flag, placeholder = flag.split()
         if default is not None:
             words += f" ({' / '.join(f'{d:g}' for d in default) if isinstance(default, tuple) else default})"
@@ -1460,7 +1908,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         if isinstance(value, tuple):
-            setattr(args, name, value[args.model != "toy"])
+            setattr(args, name, value[2 if args.compare and len(value) > 2 else args.model != "toy"])
     build = DiT_models[args.model].keywords
     if args.image_size % build["patch_size"]:
         parser.error(f"argument --image-size: {args.image_size} is no multiple of the patch, {build['patch_size']}")
@@ -1468,6 +1916,14 @@ def parse_args(argv=None):
         parse_groups(args.groups, build["depth"])
     except ValueError as error:
         parser.error(f"argument --groups: {error}")
+    if args.kept and args.kept[-1] >= build["depth"]:
+        parser.error(f"argument --kept: block {args.kept[-1]} of a model with blocks 0 to {build['depth'] - 1}")
+    changed = [f"--{name.replace('_', '-')}" for name in ("criterion", "kept", "update", "kd", "snr_gamma",
+                                                          "dropped_share")
+               if getattr(args, name) != parser.get_default(name)]
+    if args.kept and args.criterion != "learned" or args.quick and not args.compare or args.compare and changed:
+        parser.error(f"--compare sets these itself: leave out {', '.join(changed)}" if args.compare and changed else
+                     "--quick goes with --compare" if args.quick else "--kept and --criterion: give one of them")
     args.out = args.out or f"runs/{Path(args.data).resolve().name if args.data else 'toy'}"
     return args
 
@@ -1512,22 +1968,23 @@ class Run:
     def finished(self, stage):
         """Whether the stage's result is there. Raises UserError, with the difference, where settings differ."""
         path = self.path(stage)
-        if not path.exists():
-            return False
-        try:
-            result = read_checkpoint(path) if path.suffix == ".pt" else json.loads(path.read_text())
-            made, _ = result["settings"], result[{"learn": "kept", "measure": "rows"}.get(stage, "ema")]
-            different = [f"{flag} {made[flag]} (now {value})" for flag, value in self.settings(stage).items()
-                         if made[flag] != value]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path} is damaged or not of this program; remove it, or choose another --out") from None
-        if different:
-            raise UserError(f"{path} was made with {', '.join(different)}: give the same flags, remove the file, or "
-                            "choose another --out")
-        return True
+        entry = {"learn": "kept", "measure": "rows"}.get(stage, "ema")
+        return path.exists() and bool(made_with(path, self.settings(stage), entry))
 
     def batches(self, seed):
         return image_batches(self.data.images, self.data.labels, self.args.batch_size, seed, self.device)
+
+    def learning(self):
+        """Arguments of `learn_layers` that flags set, but for `update`."""
+        args = self.args
+        return {"steps": args.learn_steps, "rank": args.rank, "alpha": 2 * args.rank, "lr": args.learn_lr,
+                "logits_lr": args.logits_lr}
+
+    def recovery(self):
+        """Arguments of `recover` that flags set, but for `kd`."""
+        args = self.args
+        return {"steps": args.recover_steps, "lr": args.recover_lr, "warmup": min(100, args.recover_steps // 10),
+                "ema_decay": args.ema}
 
     def report(self, stage, steps):
         """The on_step of a stage. A stage that runs anew takes its old lines out of log.jsonl."""
@@ -1573,27 +2030,34 @@ def stage_teacher(run):
 
 
 def stage_learn(run):
-    """Learn which blocks of the teacher to keep."""
+    """Choose which blocks of the teacher to keep: by learning, by another criterion, or those that --kept names."""
     args, teacher = run.args, load_checkpoint(run.path("teacher"), run.device)[0]
     torch.manual_seed(args.seed + 1)
-    batches = run.batches(args.seed + 1)
-
-    def masked_loss(model, sample_mask):
-        x0, y = next(batches)
-        masked = functools.partial(model, mask=sample_mask(len(x0)), dropped_share=args.dropped_share)
-        return run.diffusion.training_losses(masked, x0, run.diffusion.sample_t(len(x0), run.device), y)["loss"].mean()
-
-    try:
-        sampler, history = learn_layers(
-            teacher, masked_loss, run.groups, args.learn_steps, update=args.update, rank=args.rank, alpha=2 * args.rank,
-            lr=args.learn_lr, logits_lr=args.logits_lr, on_step=run.report("learn", args.learn_steps))
-    except NonFiniteLoss as stop:
-        raise UserError(f"learn stopped: {stop}; {run.path('teacher')} is as it was; lower --learn-lr") from None
-    kept, confidence = sampler.kept(), sampler.confidence().tolist()
-    draw_decisions(run.out / "decisions.png", history, run.groups, kept)
+    kept, confidence, history, picture = args.kept, None, None, run.out / "decisions.png"
+    if kept is None and args.criterion != "learned":
+        examples = fixed_examples(run.diffusion, run.data.images, run.data.labels, device=run.device)
+        try:
+            kept = CRITERIA[args.criterion](teacher, run.groups, run.diffusion, examples)
+        except ValueError as error:
+            raise UserError(f"--criterion {args.criterion}: {error}") from None
+    elif kept is None:
+        loss_fn = masked_denoising(run.diffusion, run.batches(args.seed + 1), args.dropped_share,
+                                   args.snr_gamma or math.inf)
+        try:
+            sampler, history = learn_layers(teacher, loss_fn, run.groups, update=args.update,
+                                            on_step=run.report("learn", args.learn_steps), **run.learning())
+        except NonFiniteLoss as stop:
+            raise UserError(f"learn stopped: {stop}; {run.path('teacher')} is as it was; lower --learn-lr") from None
+        kept, confidence = sampler.kept(), sampler.confidence().tolist()
+    if history:
+        draw_decisions(picture, history, run.groups, kept)
+    else:
+        picture.unlink(missing_ok=True)          # one of earlier learning would be of other blocks
     result = {"kept": kept, "confidence": confidence, "history": history, "settings": run.settings("learn")}
     write_file(run.path("learn"), lambda file: file.write(json.dumps(result).encode()))
-    print(f"kept blocks {kept} of {len(teacher.blocks)}; confidence of each group", *(f"{c:.2f}" for c in confidence))
+    how = "as told" if args.kept else f"by criterion {args.criterion}" if confidence is None else \
+        "confidence of each group " + " ".join(f"{c:.2f}" for c in confidence)
+    print(f"kept blocks {kept} of {len(teacher.blocks)}; {how}")
 
 
 def stage_recover(run):
@@ -1601,11 +2065,9 @@ def stage_recover(run):
     args, teacher = run.args, load_checkpoint(run.path("teacher"), run.device)[0]
     kept = json.loads(run.path("learn").read_text())["kept"]
     torch.manual_seed(args.seed + 2)
-    steps, pairs = args.recover_steps, match_blocks(run.groups, kept)
     run.save_trained("recover", lambda: recover(
-        prune(teacher, kept), teacher, run.diffusion, run.batches(args.seed + 2), pairs, steps, kd=args.kd,
-        lr=args.recover_lr, warmup=min(100, steps // 10), ema_decay=args.ema, on_step=run.report("recover", steps)),
-        kept=kept, groups=run.groups)
+        prune(teacher, kept), teacher, run.diffusion, run.batches(args.seed + 2), match_blocks(run.groups, kept),
+        kd=args.kd, on_step=run.report("recover", args.recover_steps), **run.recovery()), kept=kept, groups=run.groups)
 
 
 def stage_measure(run):
@@ -1628,19 +2090,23 @@ def stage_measure(run):
     write_file(run.path("measure"), lambda file: file.write(json.dumps(result, indent=1).encode()))
 
 
-def print_table(results):
+def print_results(results):
     """Print the content of results.json as a table, with the conditions of its figures."""
     settings, rows = results["settings"], results["rows"]
-    print(f"\n{'':8}{'depth':>6}{'parameters':>12}{'toy-FID':>9}{'class acc.':>12}{'precision':>11}{'recall':>8}"
-          f"{'images/s':>10}{'speed-up':>10}")
-    for name, row in rows.items():
-        print(f"{name:8}{row['depth']:6}{row['parameters']:12,}{row['toy_fid']:9.2f}{row['accuracy']:12.1%}"
-              f"{row['precision']:11.3f}{row['recall']:8.3f}{row['images_per_second']:10.1f}"
-              f"{row['images_per_second'] / rows['teacher']['images_per_second']:9.2f}x")
-    conditions = [f"{name} {settings['--' + name]}" for name in
-                  ("samples", "sample-steps", "guidance", "eta", "seed", "device")]
-    print(f"\n{', '.join(conditions)}.\nAll but speed by the features of a small classifier trained on this data, "
+    speed = rows["teacher"]["images_per_second"]
+    print_table(
+        ["model", "depth", "parameters", "toy-FID", "class acc.", "precision", "recall", "images/s", "speed-up"],
+        [[name, f"{row['depth']}", f"{row['parameters']:,}", f"{row['toy_fid']:.2f}", f"{row['accuracy']:.1%}",
+          f"{row['precision']:.3f}", f"{row['recall']:.3f}", f"{row['images_per_second']:.1f}",
+          f"{row['images_per_second'] / speed:.2f}x"] for name, row in rows.items()])
+    print(f"\n{conditions(settings)}.\nAll but speed by the features of a small classifier trained on this data, "
           f"{results['judge_accuracy']:.1%} right on held-out\nimages: toy-FID cannot be compared with published FIDs.")
+
+
+def conditions(settings):
+    """What the figures were measured with, in words: a FID means nothing without."""
+    return ", ".join(f"{name} {settings['--' + name]}" for name in
+                     ("samples", "sample-steps", "guidance", "eta", "seed", "device"))
 
 
 def run_stages(args):
@@ -1661,8 +2127,26 @@ def run_stages(args):
             stages[stage](run)
             finished = dict.fromkeys(finished, False)            # what came of an earlier result is made again
     if "measure" in args.stages:
-        print_table(json.loads(run.path("measure").read_text()))
+        print_results(json.loads(run.path("measure").read_text()))
     print(f"\n{time.perf_counter() - start:.0f} s; results in {run.out}/")
+
+
+def run_comparison(args):
+    """Compare criteria, groups or ways to recover, with one teacher: comparisons.json, and a table."""
+    start, run = time.perf_counter(), Run(args)
+    if not run.finished("teacher"):
+        stage_teacher(run)
+    varied = ("--criterion", "--kept", "--update", "--kd", "--groups", "--snr-gamma", "--dropped-share")
+    settings = {name: value for name, value in run.settings("measure").items() if name not in varied}
+    notebook = Notebook(run.out / "comparisons.json", settings)
+    lab = Laboratory(load_checkpoint(run.path("teacher"), run.device)[0], run.data, run.diffusion, notebook,
+                     args.batch_size, run.learning(), run.recovery(), args.samples, run.sampling)
+    try:
+        COMPARISONS[args.compare](lab, run.groups, args.quick, run.out)
+    except NonFiniteLoss as stop:
+        raise UserError(f"stopped: {stop}; finished jobs are kept; lower --learn-lr or --recover-lr") from None
+    print(f"\n{conditions(settings)}; learning {args.learn_steps} steps, recovery {args.recover_steps}\n"
+          f"{time.perf_counter() - start:.0f} s; results in {run.out}/")
 
 
 def guarded(prog, body):
@@ -1686,7 +2170,7 @@ def guarded(prog, body):
 def main(argv=None):
     """The program; returns its exit status."""
     args = parse_args(argv)
-    return guarded("tinyfusion.py", lambda: run_stages(args))
+    return guarded("tinyfusion.py", lambda: (run_comparison if args.compare else run_stages)(args))
 
 
 if __name__ == "__main__":
