@@ -857,20 +857,21 @@ class Training(unittest.TestCase):
                 [(0, 3), (1, 1)],
             )
 
-    def test_the_average_of_the_weights_is_exponential(self):
-        model, seen = nn.Linear(1, 1, bias=False), []
-        ema = tf.train(
-            model,
-            lambda step: (seen.append(model.weight.item()), model.weight.sum())[1:] + ({},),
-            4,
-            lr=0.1,
-            ema_decay=0.9,
-        )
-        seen = seen[1:] + [model.weight.item()]
-        expected = seen[0]
-        for weight in seen[1:]:
-            expected = 0.9 * expected + 0.1 * weight
-        self.assertAlmostEqual(ema.weight.item(), expected, places=6)
+    def test_the_average_of_the_weights_is_exponential_and_warms_up(self):
+        for decay, steps in ((0.9, 4), (0.2, 30)):
+            model, seen = nn.Linear(1, 1, bias=False), []
+
+            def loss_fn(step):
+                seen.append(model.weight.item())
+                return model.weight.sum(), {}
+
+            ema = tf.train(model, loss_fn, steps, lr=0.1, ema_decay=decay)
+            seen = seen[1:] + [model.weight.item()]
+            expected = seen[0]
+            for n, weight in enumerate(seen[1:], 1):
+                d = min(decay, (1 + n) / (10 + n))
+                expected = d * expected + (1 - d) * weight
+            self.assertAlmostEqual(ema.weight.item(), expected, places=5)
 
     def test_a_write_that_fails_leaves_the_old_file_and_no_other(self):
         with tempfile.TemporaryDirectory() as folder:
@@ -1113,6 +1114,17 @@ class Laboratory(unittest.TestCase):
                 tf.compare_criteria(self.laboratory(), self.groups, False, self.folder)
         self.assertEqual(said.getvalue(), again.getvalue())
 
+    def test_groups_and_ways_to_recover_are_compared_and_share_what_is_done(self):
+        with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(io.StringIO()):
+            tf.compare_groups(self.laboratory(), self.groups, False, self.folder)
+            done = set(self.laboratory().notebook.jobs)
+            tf.compare_recovery(self.laboratory(), self.groups, False, self.folder)
+        new = set(self.laboratory().notebook.jobs) - done
+        for words in ("1:2, lora", "2:4, frozen", "2:4, full", *tf.RECOVERIES, "Largest"):
+            self.assertIn(words, said.getvalue())
+        self.assertFalse([job for job in new if job.startswith("learned")], "groups has learned 1:2 with LoRA already")
+        self.assertEqual(len(new), 3 * (len(tf.RECOVERIES) - 1), "and recovered it without a teacher")
+
     def test_spearmans_correlation_and_spreads_are_the_usual_ones(self):
         import scipy.stats
 
@@ -1233,6 +1245,33 @@ class CommandLine(unittest.TestCase):
             self.assertEqual((status, words.count("\n")), (2, 1), words)
             self.assertIn(reason, words)
 
+    def test_other_criteria_and_named_blocks_can_take_the_place_of_learning(self):
+        for flags, kept in (
+            (["--criterion", "oracle"], [0, 2, 4, 7, 9, 11]),
+            (["--kept", "0,1,2,3,11"], [0, 1, 2, 3, 11]),
+            (["--criterion", "shortgpt", "--kd", "masked"], None),
+        ):
+            run = self.folder / flags[1]
+            arguments = [*self.TINY, "--stages", "teacher,learn,recover", "--out", str(run), *flags]
+            self.assertEqual(status_and_words(tf.main, arguments)[0], 0)
+            student = torch.load(run / "student.pt", weights_only=True)
+            self.assertEqual(student["kept"], kept or student["kept"])
+            self.assertEqual(student["config"]["depth"], len(student["kept"]))
+            self.assertFalse((run / "decisions.png").exists())
+        self.assertEqual(student["kept"][-1], 11)
+
+    def test_a_comparison_runs_from_the_command_line_and_refuses_another_teachers_notebook(self):
+        arguments = [*self.TINY, "--compare", "recovery", "--quick", "--out", str(self.folder)]
+        with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(io.StringIO()):
+            self.assertEqual(tf.main(arguments), 0)
+        self.assertIn("| masked KD, 2 sigma ", said.getvalue())
+        self.assertEqual(status_and_words(tf.main, [*arguments, "--learn-steps", "4"])[0], 2)
+        teacher = torch.load(self.folder / "teacher.pt", weights_only=True)
+        teacher["ema"]["pos_embed"] += 1
+        torch.save(teacher, self.folder / "teacher.pt")
+        status, words = status_and_words(tf.main, arguments)
+        self.assertEqual((status, "weights of checksum" in words), (2, True), words)
+
     def test_a_stage_can_be_run_alone_but_not_without_those_before_it(self):
         run = ["--out", str(self.folder / "run")]
         status, words = status_and_words(tf.main, self.TINY + run + ["--stages", "learn"])
@@ -1286,6 +1325,7 @@ class CommandLine(unittest.TestCase):
             (["--kept", "3,2"], "ascending"),
             (["--kept", "0,12"], "blocks 0 to 11"),
             (["--criterion", "best"], "choose from"),
+            (["--criterion", "oracle", "--groups", "1:4"], "keeps half of the blocks"),
             (["--compare", "criteria", "--kd", "none"], "leave out --kd"),
         ):
             status, words = status_and_words(tf.main, ["--out", str(self.folder / "run"), *arguments])

@@ -1170,7 +1170,8 @@ def train(model, loss_fn, steps, *, params=None, lr=1e-4, final_lr_ratio=1.0, wa
     loss_fn(step) returns the loss, a scalar, and a dict of more numbers to report. params: parameters or groups of
     them with rates of their own, by default all that require gradients. The rate rises linearly over `warmup` steps
     and falls along a cosine to `final_lr_ratio` times itself (1: constant). on_step(step, metrics) hears of every
-    step. Returns the exponential moving average of the model if ema_decay is given, else the model, in eval mode.
+    step. Returns the exponential moving average of the model if ema_decay is given, else the model, in eval mode; its
+    decay after n steps is min(ema_decay, (1 + n) / (10 + n)).
     Raises NonFiniteLoss before a step that would spoil the weights."""
     params = list(params or [p for p in model.parameters() if p.requires_grad])
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0, fused=True)
@@ -1181,7 +1182,13 @@ def train(model, loss_fn, steps, *, params=None, lr=1e-4, final_lr_ratio=1.0, wa
         return min(1, (step + 1) / (warmup + 1)) * (final_lr_ratio + (1 - final_lr_ratio) * cosine)
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)) if ema_decay else None
+
+    def average(averaged, current, n):
+        # The decay warms up, so that a short run's average is not mostly its first step: with a constant 0.99, that
+        # step would keep 0.99^99 = 37 % of the average after 100 steps.
+        get_ema_multi_avg_fn(min(ema_decay, (1 + n.item()) / (10 + n.item())))(averaged, current, n)
+
+    ema = AveragedModel(model, multi_avg_fn=average) if ema_decay else None
     result = ema.module if ema else model
     for step in range(steps):
         loss, metrics = loss_fn(step)
@@ -1408,7 +1415,7 @@ def draw_decisions(path, history, groups, kept):
 
 def draw_recoverability(path, title, dots, marks):
     """recoverability.png: the loss after pruning against the toy-FID after recovery, both axes logarithmic. dots:
-    (loss, finite toy-FIDs of the recovery seeds) of every mask; marks: (name, the number of its dot) of some."""
+    (loss, toy-FIDs of the recovery seeds) of every mask; marks: (name, numbers of its dots) of the criteria."""
     left, top, right, bottom = 90, 60, 690, 600
     sheet = Image.new("RGB", (right + 330, bottom + 70), "white")
     draw, grey, dark, red = ImageDraw.Draw(sheet), (170, 178, 190), (18, 62, 130), (205, 60, 20)
@@ -1420,7 +1427,7 @@ def draw_recoverability(path, title, dots, marks):
                 [tick for tick in ticks if low <= math.log(tick) <= high])
 
     x_of, x_ticks = axis([loss for loss, _ in dots], left, right)
-    y_of, y_ticks = axis([fid for _, fids in dots for fid in fids], bottom, top)
+    y_of, y_ticks = axis([fid for _, fids in dots for fid in fids if 0 < fid < math.inf] or [1], bottom, top)
     text(draw, (left - 60, 10), title, size=18)
     for tick in x_ticks:
         draw.line((x_of(tick), top, x_of(tick), bottom), fill=(232, 235, 240))
@@ -1431,18 +1438,18 @@ def draw_recoverability(path, title, dots, marks):
     text(draw, ((left + right) / 2, bottom + 48), "loss right after pruning", anchor="ms")
     text(draw, (left - 60, top - 16), "toy-FID after recovery (lower is better)", anchor="ls")
     named = {}
-    for number, (_, dot) in enumerate(marks, 1):
-        named.setdefault(dot, []).append(number)
-    for dot, (loss, fids) in enumerate(dots):    # unnamed ones first, so that names lie on top
+    for number, (_, places) in enumerate(marks, 1):
+        for dot in places:
+            named.setdefault(dot, []).append(number)
+    for dot, (loss, fids) in sorted(enumerate(dots), key=lambda item: item[0] in named):    # named ones on top
+        if not all(0 < fid < math.inf for fid in fids):
+            continue                             # it diverged: no place on this map
         x, y = x_of(loss), y_of(np.mean(fids))
         draw.line((x, y_of(min(fids)), x, y_of(max(fids))), fill=grey)       # the recovery seeds, from best to worst
-        if dot not in named:
-            draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=grey)
-    for dot, numbers in named.items():
-        x, y = x_of(dots[dot][0]), y_of(np.mean(dots[dot][1]))
-        colour = red if any("learned" in marks[n - 1][0] for n in numbers) else dark
-        draw.ellipse((x - 5, y - 5, x + 5, y + 5), fill=colour)
-        text(draw, (x + 8, y - 4), ",".join(map(str, numbers)), anchor="ls", fill=colour)
+        learned = any("learned" in marks[number - 1][0] for number in named.get(dot, ()))
+        radius, colour = (5, red if learned else dark) if dot in named else (3, grey)
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+        text(draw, (x + 8, y - 4), ",".join(map(str, named.get(dot, ()))), anchor="ls", fill=colour)
     for number, (name, _) in enumerate(marks, 1):
         text(draw, (right + 30, top + 24 * number), f"{number}  {name}", fill=red if "learned" in name else dark)
     text(draw, (right + 30, bottom), "dots: means, lines: recovery seeds", anchor="ls")
@@ -1470,7 +1477,8 @@ def print_table(header, rows):
 #
 # Then the laboratory, which recovers what they choose with one budget, the same data, noise and seeds, and three
 # comparisons: of criteria (Table 3; with 12 blocks and groups 1:2 there are only 64 masks, and all are recovered, so
-# that every choice has a rank), of groups and weight updates (Table 4), and of ways to recover (Table 5).
+# that every choice has a rank), of groups and weight updates (Table 4), and of ways to recover (Table 5). Recovery is
+# plain fine-tuning in the first two, as in the paper's tables: a teacher would make up for a bad choice.
 # ---------------------------------------------------------------------------------------------------------------------
 
 def fixed_examples(diffusion, images, labels, n=512, seed=0, device="cpu", batch_size=128):
@@ -1640,8 +1648,8 @@ class Laboratory:
     def recover_all(self, jobs):
         """Prune, recover and measure for each of `jobs`, (kept blocks, seed, dict of kd, k and groups as in `recover`
         and `match_blocks`, and injected as in `Injected`). Returns a dict for each: `loss_after_pruning` and `loss`,
-        on the fixed examples; `first_loss`, of the first step; `toy_fid`. All but the first are inf where recovery
-        diverged."""
+        on the fixed examples, and `toy_fid`, the latter two inf where recovery diverged; `first_loss`, that of the
+        first step, which is of whatever `kd` makes it."""
         named = [(f"{list(job[0])} recovered with seed {job[1]} {job[2] or ''}", job) for job in jobs]
         new = {name: job for name, job in named if name not in self.notebook.jobs}
         report = progress("recover", len(new), unit="models")
@@ -1661,7 +1669,8 @@ class Laboratory:
                               kd=how["kd"], k=how["k"], on_step=lambda step, seen: losses.append(seen["loss"]),
                               **self.recovery)
         except NonFiniteLoss:
-            return {"loss_after_pruning": before, "loss": math.inf, "first_loss": math.inf, "toy_fid": math.inf}
+            return {"loss_after_pruning": before, "loss": math.inf, "first_loss": (losses + [math.inf])[0],
+                    "toy_fid": math.inf}
         measured = measure({"student": student}, self.data, self.judge, self.diffusion, self.samples, self.sampling,
                            seed, label=None)["student"]
         return {"loss_after_pruning": before, "loss": calibration_loss(student, self.diffusion, self.examples),
@@ -1676,8 +1685,8 @@ def spread(values, digits=2):
 
 
 def spearman(a, b):
-    """Spearman's rank correlation of two lists of numbers without ties."""
-    return float(np.corrcoef(np.argsort(np.argsort(a)), np.argsort(np.argsort(b)))[0, 1])
+    """Spearman's rank correlation of two lists of numbers."""    # scipy imports scipy.stats at its first use
+    return float(scipy.stats.spearmanr(a, b).statistic)
 
 
 def every_choice(groups, at_most=64):
@@ -1690,31 +1699,32 @@ def every_choice(groups, at_most=64):
     return [sum(choice, ()) for choice in itertools.product(*parts)]
 
 
-RECIPES = {"the paper's recipe": {}, "full update, min-SNR": {"update": "full", "snr_gamma": 5.0}}
-
+# The paper's method, and what did better here. Counting all timesteps alike, the loss is mostly that of the last traces
+# of noise, which a drawn image hardly shows; min-SNR weights them down.
+RECIPES = {"the paper's method": {}, "weighted by min-SNR": {"snr_gamma": 5.0}}
 
 COLUMNS = ["method", "kept blocks", "loss after pruning", "loss after recovery", "toy-FID after recovery",
            "seconds to choose"]
 
 
 def recover_choices(lab, chosen, seeds, pool=()):
-    """Recover all that was chosen, {method: [a result of lab.choose, ...]}, and the masks of `pool`, each with every
-    seed. Returns a table's rows (COLUMNS; mean and spread over the choices, or over the seeds of a single one), the
-    results {kept: [dict of each seed]}, and a function that tells the rank of a mask in the pool by mean toy-FID."""
-    masks = list(dict.fromkeys([tuple(c["kept"]) for choices in chosen.values() for c in choices] + list(pool)))
-    found = lab.recover_all([(kept, seed, {}) for seed in seeds for kept in masks])
-    results = {kept: found[i::len(masks)] for i, kept in enumerate(masks)}
-    fid = {kept: np.mean([result["toy_fid"] for result in results[kept]]) for kept in masks}
+    """Recover what was chosen, {method: [a result of lab.choose, ...]}. Returns a table's rows (COLUMNS): mean and
+    standard deviation over the recovery seeds, where seed i recovers choice i of a method that has several. With a
+    `pool` of masks, all masks are recovered with every seed, and the second result is {kept: [dict of each seed]}."""
+    kepts = {name: [tuple(choice["kept"]) for choice in choices] for name, choices in chosen.items()}
+    turns = {name: [(ks[i % len(ks)], seed) for i, seed in enumerate(seeds)] for name, ks in kepts.items()}
+    masks = list(dict.fromkeys(sum(kepts.values(), []) + list(pool))) if pool else []
+    jobs = [(kept, seed) for seed in seeds for kept in masks] or list(dict.fromkeys(sum(turns.values(), [])))
+    found = dict(zip(jobs, lab.recover_all([(kept, seed, {}) for kept, seed in jobs])))
     rows = []
     for name, choices in chosen.items():
-        kepts = [tuple(choice["kept"]) for choice in choices]
-        often = max(kepts, key=kepts.count)
-        turns = [results[kepts[i % len(kepts)]][i % len(seeds)] for i in range(max(len(kepts), len(seeds)))]
-        rows.append([name, " ".join(map(str, often)) + f" ({kepts.count(often)} of {len(kepts)})" * (len(kepts) > 1),
-                     spread([turn["loss_after_pruning"] for turn in turns], 3),
-                     spread([turn["loss"] for turn in turns], 4), spread([turn["toy_fid"] for turn in turns], 1),
+        often, of = max(kepts[name], key=kepts[name].count), [found[turn] for turn in turns[name]]
+        times = f" ({kepts[name].count(often)} of {len(choices)})" if len(choices) > 1 else ""
+        rows.append([name, " ".join(map(str, often)) + times,
+                     spread([result["loss_after_pruning"] for result in (of if len(choices) > 1 else of[:1])], 3),
+                     spread([result["loss"] for result in of], 4), spread([result["toy_fid"] for result in of], 1),
                      spread([choice["seconds"] for choice in choices], 1)])
-    return rows, results, lambda kept: 1 + sum(fid[other] < fid[tuple(kept)] for other in pool)
+    return rows, {kept: [found[kept, seed] for seed in seeds] for kept in masks}
 
 
 def compare_criteria(lab, groups, quick, out):
@@ -1730,46 +1740,49 @@ def compare_criteria(lab, groups, quick, out):
             chosen[name] = [lab.choose(name, groups, seed) for seed in (seeds if "random" in name else [0])]
         except ValueError as error:
             print(f"{name} is left out: {error}")
-    rows, results, rank = recover_choices(lab, chosen, seeds, pool)
-    for row, choices in zip(rows, chosen.values()):
-        counts = collections.Counter(sorted(rank(choice["kept"]) for choice in choices))
-        row.append(", ".join(f"{place} ({n}x)" if n > 1 else f"{place}" for place, n in counts.items()))
+    rows, results = recover_choices(lab, chosen, seeds, pool)
+    fid = {kept: np.mean([result["toy_fid"] for result in results[kept]]) for kept in results}
+    marks, numbers = [], {kept: i for i, kept in enumerate(results)}
+    for row, (name, choices) in zip(rows, chosen.items()):
+        counts = collections.Counter(tuple(choice["kept"]) for choice in choices)
+        ranks = {kept: f"{1 + sum(fid[other] < fid[kept] for other in pool)}{'' if kept in pool else '*'}"
+                 for kept in sorted(counts, key=fid.get)}
+        row.append(", ".join(ranks[kept] + f" ({counts[kept]}x)" * (counts[kept] > 1) for kept in ranks))
+        marks.append((f"{name}: rank {row[-1]}", [numbers[kept] for kept in counts]))
     print_table(COLUMNS + [f"rank among {len(pool)}"], rows)
     fids = np.array([[result["toy_fid"] for result in results[kept]] for kept in pool])      # (masks, seeds)
     before, after = ([np.mean([result[key] for result in results[kept]]) for kept in pool]
                      for key in ("loss_after_pruning", "loss"))
-    print(f"\nOver {len(pool)} masks, Spearman's correlation with toy-FID after recovery is "
-          f"{spearman(before, fids.mean(1)):.2f} for the loss after\npruning and "
+    print(f"\n*: not one of the {len(pool)} masks that are ranked; so many of them are better, plus one.\n"
+          f"Over the {len(pool)} masks, Spearman's correlation with toy-FID after recovery is "
+          f"{spearman(before, fids.mean(1)):.2f} for the loss\nafter pruning and "
           f"{spearman(after, fids.mean(1)):.2f} for the loss after recovery.")
     if len(seeds) > 1:
-        moves = np.ptp(fids.argsort(0).argsort(0), axis=1)
+        moves = np.ptp(scipy.stats.rankdata(fids, axis=0), axis=1)
         alike = min(spearman(fids[:, a], fids[:, b]) for a, b in itertools.combinations(seeds, 2))
         print(f"From one recovery seed to another a mask's rank moves by {np.median(moves):.0f} in the median and by "
-              f"{moves.max()} at most;\nSpearman's correlation of two seeds' toy-FIDs is at least {alike:.3f}.")
-    dots = {kept: (found[0]["loss_after_pruning"], [result["toy_fid"] for result in found])
-            for kept, found in results.items() if all(math.isfinite(result["toy_fid"]) for result in found)}
-    marks = {name: tuple(max((c["kept"] for c in choices), key=[c["kept"] for c in choices].count))
-             for name, choices in chosen.items()}
+              f"{moves.max():.0f} at most;\nSpearman's correlation of two seeds' toy-FIDs is at least {alike:.3f}.")
+    dots = [(found[0]["loss_after_pruning"], [result["toy_fid"] for result in found]) for found in results.values()]
     draw_recoverability(out / "recoverability.png", f"{len(dots)} choices of blocks recovered, {len(seeds)} seeds each",
-                        list(dots.values()), [(f"{name}: rank {rank(kept)}", list(dots).index(kept))
-                                              for name, kept in marks.items() if kept in dots])
+                        dots, marks)
 
 
 def compare_groups(lab, groups, quick, out):
     """Table 4 in miniature: 1:2, 2:4 and half of all, each learned with LoRA, a full update, and frozen weights."""
     depth, seeds, chosen = len(lab.teacher.blocks), range(1 if quick else 3), {}
     for pattern in ("1:2", f"{depth // 2}:{depth}") if quick else ("1:2", "2:4", f"{depth // 2}:{depth}"):
+        try:
+            groups = parse_groups(pattern, depth)
+        except ValueError as error:
+            print(f"{pattern} is left out: {error}")
+            continue
         for update in ("lora", "full", "frozen"):
-            try:
-                chosen[f"{pattern}, {update}"] = [
-                    lab.choose("learned", parse_groups(pattern, depth), seed, update=update) for seed in seeds]
-            except ValueError as error:
-                print(f"{pattern} is left out: {error}")
+            chosen[f"{pattern}, {update}"] = [lab.choose("learned", groups, seed, update=update) for seed in seeds]
     print_table(COLUMNS, recover_choices(lab, chosen, seeds)[0])
 
 
 RECOVERIES = {
-    "fine-tuning": {"kd": "none"}, "logits KD": {"kd": "logits"}, "feature KD": {"kd": "feature"},
+    "fine-tuning": {}, "logits KD": {"kd": "logits"}, "feature KD": {"kd": "feature"},
     "masked KD, 0.1 sigma": {"kd": "masked", "k": 0.1}, "masked KD, 2 sigma": {"kd": "masked", "k": 2.0},
     "masked KD, 4 sigma": {"kd": "masked", "k": 4.0},
     "feature KD, one injected": {"kd": "feature", "injected": 1000},
@@ -1781,7 +1794,7 @@ def compare_recovery(lab, groups, quick, out):
     """Table 5 in miniature."""
     seeds = range(1 if quick else 3)
     kepts = [lab.choose("learned", groups, seed)["kept"] for seed in seeds]
-    found = lab.recover_all([(kepts[seed], seed, {"groups": groups} | how)
+    found = lab.recover_all([(kepts[seed], seed, {"groups": groups} | how if how else {})
                              for how in RECOVERIES.values() for seed in seeds])
     rows = []
     for i, name in enumerate(RECOVERIES):
@@ -1877,7 +1890,7 @@ FLAGS = [
     ("--recover-steps N", COUNT, (300, 100_000, 100), "recover", "fine-tuning steps of the student"),
     ("--recover-lr X", RATE, (2e-3, 2e-4), "recover", "the student's learning rate"),
     ("--kd HOW", KD_MODES, "masked", "recover", f"what the student learns from: {', '.join(KD_MODES)}"),
-    ("--samples N", number(int, 10), (500, 50_000), "measure", "images drawn from each model to measure it"),
+    ("--samples N", number(int, 10), (500, 50_000, 500), "measure", "images drawn from each model to measure it"),
     ("--sample-steps N", number(int, 2, 1000), (50, 250, 25), "measure", "sampling steps per image"),
     ("--guidance X", number(float, 0), 1.5, "measure", "classifier-free guidance scale; 1 is without"),
     ("--eta X", number(float, 0, 1), 1.0, "measure", "1 samples by DDPM, 0 by DDIM"),
@@ -1913,17 +1926,22 @@ def parse_args(argv=None):
     if args.image_size % build["patch_size"]:
         parser.error(f"argument --image-size: {args.image_size} is no multiple of the patch, {build['patch_size']}")
     try:
-        parse_groups(args.groups, build["depth"])
+        budget = sum(n for n, _ in parse_groups(args.groups, build["depth"]))
     except ValueError as error:
         parser.error(f"argument --groups: {error}")
     if args.kept and args.kept[-1] >= build["depth"]:
         parser.error(f"argument --kept: block {args.kept[-1]} of a model with blocks 0 to {build['depth'] - 1}")
-    changed = [f"--{name.replace('_', '-')}" for name in ("criterion", "kept", "update", "kd", "snr_gamma",
-                                                          "dropped_share")
+    if args.criterion == "oracle" and 2 * budget != build["depth"]:
+        parser.error(f"argument --criterion: oracle keeps half of the blocks, --groups {args.groups} keeps {budget}")
+    changed = [f"--{name.replace('_', '-')}" for name in
+               ("criterion", "kept", "update", "kd", "snr_gamma", "dropped_share")
                if getattr(args, name) != parser.get_default(name)]
-    if args.kept and args.criterion != "learned" or args.quick and not args.compare or args.compare and changed:
-        parser.error(f"--compare sets these itself: leave out {', '.join(changed)}" if args.compare and changed else
-                     "--quick goes with --compare" if args.quick else "--kept and --criterion: give one of them")
+    if args.compare and changed:
+        parser.error(f"--compare sets these itself: leave out {', '.join(changed)}")
+    if args.quick and not args.compare:
+        parser.error("--quick goes with --compare")
+    if args.kept and args.criterion != "learned":
+        parser.error("--kept and --criterion: give one of them")
     args.out = args.out or f"runs/{Path(args.data).resolve().name if args.data else 'toy'}"
     return args
 
@@ -2036,10 +2054,7 @@ def stage_learn(run):
     kept, confidence, history, picture = args.kept, None, None, run.out / "decisions.png"
     if kept is None and args.criterion != "learned":
         examples = fixed_examples(run.diffusion, run.data.images, run.data.labels, device=run.device)
-        try:
-            kept = CRITERIA[args.criterion](teacher, run.groups, run.diffusion, examples)
-        except ValueError as error:
-            raise UserError(f"--criterion {args.criterion}: {error}") from None
+        kept = CRITERIA[args.criterion](teacher, run.groups, run.diffusion, examples)
     elif kept is None:
         loss_fn = masked_denoising(run.diffusion, run.batches(args.seed + 1), args.dropped_share,
                                    args.snr_gamma or math.inf)
@@ -2138,15 +2153,17 @@ def run_comparison(args):
         stage_teacher(run)
     varied = ("--criterion", "--kept", "--update", "--kd", "--groups", "--snr-gamma", "--dropped-share")
     settings = {name: value for name, value in run.settings("measure").items() if name not in varied}
-    notebook = Notebook(run.out / "comparisons.json", settings)
-    lab = Laboratory(load_checkpoint(run.path("teacher"), run.device)[0], run.data, run.diffusion, notebook,
+    teacher = load_checkpoint(run.path("teacher"), run.device)[0]
+    weights = np.concatenate([weight.cpu().numpy().ravel() for weight in teacher.state_dict().values()])
+    settings["teacher"] = f"weights of checksum {zlib.crc32(weights):08x}"       # one notebook, one teacher
+    lab = Laboratory(teacher, run.data, run.diffusion, Notebook(run.out / "comparisons.json", settings),
                      args.batch_size, run.learning(), run.recovery(), args.samples, run.sampling)
     try:
         COMPARISONS[args.compare](lab, run.groups, args.quick, run.out)
     except NonFiniteLoss as stop:
-        raise UserError(f"stopped: {stop}; finished jobs are kept; lower --learn-lr or --recover-lr") from None
-    print(f"\n{conditions(settings)}; learning {args.learn_steps} steps, recovery {args.recover_steps}\n"
-          f"{time.perf_counter() - start:.0f} s; results in {run.out}/")
+        raise UserError(f"learning stopped: {stop}; lower --learn-lr, with another --out") from None
+    print(f"\n{conditions(settings)}; learning {args.learn_steps} steps, recovery {args.recover_steps}, "
+          f"± over its seeds\n{time.perf_counter() - start:.0f} s; results in {run.out}/")
 
 
 def guarded(prog, body):
