@@ -4,6 +4,9 @@
     python sample.py --ckpt runs/toy/student.pt --labels 3,1,4 --num-images 30 --seed 7 --out pi.png
     python sample.py --ckpt runs/toy/student.pt --num-images 5000 --npz a.npz         an ADM batch, for any FID program
 
+Checkpoints of facebookresearch/DiT and of the public TinyFusion code are taken too; models of latents (4 channels) draw
+latents, which are no images: --npz writes them, as `latents`.
+
 Image i of a seed is the same image whatever the batch size, on any device, but for the last bits of matrix products.
 How the checkpoint's own samples were drawn (steps, guidance, eta) is stored in it, and is the default here.
 """
@@ -15,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tinyfusion import (GaussianDiffusion, Parser, UserError, guarded, image_grid, load_checkpoint, nonempty, number,
-                        open_folder, pick_device, progress, sample_images, write_file, write_png)
+from tinyfusion import (GaussianDiffusion, Parser, UserError, guarded, image_grid, load_checkpoint, noise_source,
+                        nonempty, number, open_folder, pick_device, progress, to_uint8, write_file, write_png)
 
 
 def parse_args(argv=None):
@@ -32,7 +35,7 @@ def parse_args(argv=None):
     parser.add_argument("--batch-size", type=number(int, 1), default=100, metavar="N", help="images at once (100)")
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--out", type=nonempty, default="sample.png", metavar="FILE", help="PNG grid (sample.png)")
-    target.add_argument("--npz", type=nonempty, metavar="FILE", help="instead an ADM batch: arr_0, uint8, (N, H, W, 3)")
+    target.add_argument("--npz", type=nonempty, metavar="FILE", help="instead an ADM batch: arr_0, uint8, NHWC")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), metavar="NAME",
                         help="matrix products in float32 or bfloat16 (bfloat16 on CUDA, float32 elsewhere)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model: a slow start, faster images")
@@ -58,6 +61,9 @@ def run(args):
     if target.is_dir():
         raise UserError(f"{target}: is a folder; expected the name of a file to write")
     model, checkpoint = load_checkpoint(args.ckpt, device)
+    latent = model.in_channels not in (1, 3)
+    if latent and not args.npz:
+        raise UserError(f"{args.ckpt} draws latents of {model.in_channels} channels, no images; use --npz FILE")
     chosen = parse_labels(args.labels, model.num_classes)
     N = args.num_images or 10 * len(chosen)
     labels = torch.tensor([chosen[i % len(chosen)] for i in range(N)], device=device)
@@ -72,12 +78,16 @@ def run(args):
     shape = (model.in_channels, model.input_size, model.input_size)
     try:
         for done, index in enumerate(batches):
-            parts.append(sample_images(model, diffusion, labels[index], index.tolist(), shape, args.seed, sampling))
+            draw = noise_source(index.tolist(), shape, args.seed, device)
+            x = diffusion.sample(model, labels[index], draw, **sampling).cpu()
+            parts.append(x if latent else to_uint8(x))
             report(done, {})
     except (TypeError, ValueError) as error:
         raise UserError(f"checkpoint {args.ckpt}: its sampling settings cannot be used: {error}") from None
     images = torch.cat(parts)                                                # (N, C, H, W)
-    if args.npz:
+    if latent:
+        write_file(args.npz, lambda file: np.savez(file, latents=images.numpy()))
+    elif args.npz:
         rgb = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
         write_file(args.npz, lambda file: np.savez(file, arr_0=np.ascontiguousarray(rgb)))
     else:

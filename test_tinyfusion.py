@@ -5,6 +5,7 @@ python test_tinyfusion.py Heart      one chapter;  -v shows the sentences
 python test_tinyfusion.py --bench    no tests: how fast it is, against the plain versions that the tests compare with
 """
 
+import argparse
 import contextlib
 import copy
 import functools
@@ -873,6 +874,64 @@ class Training(unittest.TestCase):
                 expected = d * expected + (1 - d) * weight
             self.assertAlmostEqual(ema.weight.item(), expected, places=5)
 
+    def test_learning_goes_on_from_its_state_bit_for_bit(self):
+        """Logits, LoRA, optimiser, random numbers and history: all that a step depends on is in the file."""
+
+        def learn(steps_before_the_stop=None):
+            torch.manual_seed(0)
+            state = tf.TrainingState(folder / "a.pt", {}, every=1)
+            batches = tf.image_batches(images, torch.arange(20) % 3, 4, 0, start=state.step)
+            loss_fn = tf.masked_denoising(tf.GaussianDiffusion(), batches)
+
+            def on_step(step, metrics):
+                if step == steps_before_the_stop:
+                    os.kill(os.getpid(), signal.SIGINT)
+
+            return tf.learn_layers(
+                tiny_dit(), loss_fn, [(1, 2)] * 2, 10, lr=0.01, logits_lr=0.01, state=state, on_step=on_step
+            )
+
+        images = torch.randint(256, (20, 1, 8, 8), dtype=torch.uint8)
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            whole, history = learn()
+            (folder / "a.pt").unlink()
+            for stop in (3, 7):
+                with self.assertRaises(KeyboardInterrupt):
+                    learn(stop)
+                self.assertEqual(tf.TrainingState(folder / "a.pt", {}, 1).step, stop + 1)
+            again, same = learn()
+        self.assertEqual(history, same)
+        for a, b in zip(whole.parameters(), again.parameters()):
+            self.assertTrue(torch.equal(a, b))
+
+    def test_a_state_that_is_torn_or_of_other_settings_is_refused_and_a_full_disk_leaves_the_last_one(self):
+        def fit(every, **more):
+            model = nn.Linear(2, 1)
+            state = tf.TrainingState(path, {"--seed": "0"}, every)
+            return tf.train(model, lambda step: (model.weight.sum(), {}), 4, state=state, **more)
+
+        def full(content, file):
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "a-state.pt"
+            fit(3)
+            whole = path.read_bytes()
+            path.unlink()
+            fit(1)
+            self.assertEqual(tf.TrainingState(path, {"--seed": "0"}, 1).step, 4)
+            path.write_bytes(whole)
+            with mock.patch.object(tf.torch, "save", full), self.assertRaisesRegex(OSError, "No space"):
+                fit(1)
+            self.assertEqual((path.read_bytes(), os.listdir(folder)), (whole, ["a-state.pt"]))
+            with self.assertRaisesRegex(tf.UserError, "--seed 0 .now 1."):
+                tf.TrainingState(path, {"--seed": "1"}, 1)
+            path.write_bytes(whole[:-100])
+            with self.assertRaisesRegex(tf.UserError, "part of one"):
+                tf.TrainingState(path, {"--seed": "0"}, 1)
+
     def test_a_write_that_fails_leaves_the_old_file_and_no_other(self):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "a.txt"
@@ -902,6 +961,41 @@ class Files(unittest.TestCase):
         self.assertEqual((model.config(), model.training), (tiny_dit().config(), False))
         self.assertIn("ema", torch.load(self.path, weights_only=True))
 
+    def test_checkpoints_of_the_official_layouts_load_bit_for_bit(self):
+        torch.manual_seed(0)
+        model, other = (tf.DiT_models["toy"](input_size=16, in_channels=c, num_classes=7, depth=3) for c in (4, 4))
+        for p in (*model.parameters(), *other.parameters()):
+            nn.init.normal_(p)
+        weights, args = model.state_dict(), argparse.Namespace(model="DiT-XL/2", lr=1e-4)
+        for layout in (
+            weights,
+            {"ema": weights, "model": other.state_dict(), "opt": {}, "args": args, "train_steps": 5},
+            {"model": {f"module.{name}": weight for name, weight in weights.items()}, "args": args},
+        ):
+            torch.save(layout, self.path)
+            loaded, checkpoint = tf.load_checkpoint(self.path)
+            self.assertEqual((loaded.config(), len(checkpoint["classes"])), (model.config(), 7))
+            for name, weight in weights.items():
+                self.assertTrue(torch.equal(weight, loaded.state_dict()[name]), name)
+        self.assertEqual([p.requires_grad for p in loaded.parameters()], [p.requires_grad for p in model.parameters()])
+        latents = self.folder / "latents.npz"
+        for more, status in ((["--out", str(latents)], 2), (["--npz", str(latents)], 0)):
+            arguments = ["--ckpt", str(self.path), "--num-images", "2", "--steps", "2", *more]
+            self.assertEqual(status_and_words(sample.main, arguments)[0], status)
+        drawn = np.load(latents, allow_pickle=False)
+        self.assertEqual((drawn.files, drawn["latents"].shape), (["latents"], (2, 4, 16, 16)))
+        tf.save_checkpoint(self.path, loaded, checkpoint["sampling"], checkpoint["classes"])
+        found = torch.load(self.path, weights_only=True)  # the official find_model, and a model of official names
+        model.load_state_dict(found["ema"] if "ema" in found else found, strict=True)
+        self.assertTrue(all(torch.equal(weight, found["ema"][name]) for name, weight in weights.items()))
+
+    def test_the_size_of_official_models_is_told_from_their_shapes(self):
+        for name, build in tf.DiT_models.items():
+            with torch.device("meta"):
+                model = build(num_classes=1000)
+            told = tf.dit_config(model.state_dict()) | {"class_dropout_prob": 0.1}  # which leaves no trace in weights
+            self.assertEqual(told, model.config(), name)
+
     def test_bad_checkpoints_are_refused_in_one_line_and_nothing_is_run(self):
         class Attack:
             def __reduce__(self):
@@ -912,13 +1006,19 @@ class Files(unittest.TestCase):
         torch.save(good["ema"], folder / "plain.pt")
         torch.save(good | {"config": good["config"] | {"depth": 5}}, folder / "depth.pt")
         torch.save(good | {"config": {"layers": 5}}, folder / "config.pt")
+        torch.save({"weight": torch.zeros(3)}, folder / "other.pt")
+        torch.save(good | {"config": good["config"] | {"hidden_size": 40_000_000}}, folder / "absurd.pt")
+        torch.save(good | {"config": good["config"] | {"depth": 10**9}}, folder / "deep.pt")
         (folder / "torn.pt").write_bytes(self.path.read_bytes()[:-2000])
         (folder / "noise.pt").write_bytes(os.urandom(500))
         (folder / "empty.pt").write_bytes(b"")
         for name, reason in (
             ("missing.pt", "No such file"),
             ("attack.pt", "refused"),
-            ("plain.pt", "expected the entries"),
+            ("plain.pt", "width 16 is of no known model"),
+            ("other.pt", "not the weights of a DiT"),
+            ("absurd.pt", "pos_embed is .1, 4, 16., expected .1, 4, 40000000."),
+            ("deep.pt", "depth 1000000000 with"),
             ("depth.pt", "disagree"),
             ("config.pt", "disagree"),
             ("torn.pt", "part of one"),
@@ -1358,7 +1458,34 @@ class CommandLine(unittest.TestCase):
         self.assertEqual(run.returncode, 130)
         self.assertIn("stopped", words)
         self.assertNotIn("Traceback", words)
-        self.assertEqual([p.name for p in (self.folder / "run").iterdir()], ["log.jsonl"])
+        self.assertEqual({p.name for p in (self.folder / "run").iterdir()}, {"log.jsonl", "teacher-state.pt"})
+
+    def test_a_run_killed_again_and_again_ends_bit_for_bit_like_one_never_stopped(self):
+        command = [sys.executable, HERE / "tinyfusion.py", *self.TINY, "--stages", "teacher,learn,recover"]
+        command += ["--teacher-steps", "100", "--learn-steps", "40", "--recover-steps", "40", "--save-every", "7"]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        subprocess.run([*command, "--out", self.folder / "whole"], check=True, **quiet)
+        folder, wait = self.folder / "killed", np.random.default_rng(0).uniform(0, 0.5, 4)
+        for number, seconds in zip((signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT), wait):
+            run = subprocess.Popen([*command, "--out", folder], **quiet)
+            before = {p.name: p.stat().st_mtime_ns for p in folder.glob("*.pt")}
+            while run.poll() is None and {p.name: p.stat().st_mtime_ns for p in folder.glob("*.pt")} == before:
+                time.sleep(0.01)  # until it has come further
+            time.sleep(seconds)
+            run.send_signal(number)
+            run.communicate()
+            self.assertIn(run.returncode, (-signal.SIGKILL, 130))
+        subprocess.run([*command, "--out", folder], check=True, **quiet)
+        for name in ("teacher.pt", "student.pt"):
+            whole, again = (torch.load(self.folder / run / name, weights_only=True) for run in ("whole", "killed"))
+            for key, weight in whole["ema"].items():
+                self.assertTrue(torch.equal(weight, again["ema"][key]), (name, key))
+        self.assertEqual(
+            (self.folder / "whole/layers.json").read_text(), (self.folder / "killed/layers.json").read_text()
+        )
+        self.assertEqual(
+            {p.name for p in (self.folder / "killed").iterdir()}, {p.name for p in (self.folder / "whole").iterdir()}
+        )
 
 
 # The benchmark. What is timed is what is tested: the dense oracle above against the exact skip, and so on.

@@ -49,16 +49,20 @@ paper; MIT licence.
 
 import argparse
 import collections
+import contextlib
 import copy
 import functools
+import glob
 import itertools
 import json
 import math
 import os
 import pickle
 import re
+import signal
 import sys
 import tempfile
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -700,7 +704,7 @@ def add_lora(model, rank=8, alpha=16.0):
 
 
 def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=16.0, lr=1e-4, logits_lr=1e-3,
-                 tau=(4.0, 0.1), scale=100.0, on_step=None):
+                 tau=(4.0, 0.1), scale=100.0, on_step=None, state=None):
     """Learn which blocks to keep: optimise the logits of a LayerSampler together with a weight update.
 
     loss_fn(model, sample_mask) draws a batch, calls `mask = sample_mask(batch_size)` for its masks (B, L), and returns
@@ -709,7 +713,7 @@ def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=
     the paper's for DiT-XL, without its EMA: dPhi is thrown away, and nothing would read an average of it.
 
     Works on a copy: `model` and its weights are left as they were. Returns the sampler and its history, a list of
-    (step, keep_probability). on_step as in `train`. Raises ValueError for an unknown update, or nothing to update.
+    (step, keep_probability). on_step, state as in `train`. Raises ValueError for an unknown update, or none possible.
     Source: the paper's joint optimisation of mask and recoverability.
     """
     if update not in ("lora", "full", "frozen"):
@@ -738,7 +742,7 @@ def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=
 
     parameters = [{"params": list(sampler.parameters()), "lr": logits_lr}] + \
         ([{"params": weights, "lr": lr}] if weights else [])
-    train(model, loss, steps, params=parameters, final_lr_ratio=1.0, on_step=after)
+    train(model, loss, steps, params=parameters, final_lr_ratio=1.0, on_step=after, state=state, record=history)
     return sampler, history
 
 
@@ -854,10 +858,11 @@ def recovery_loss(student, teacher, diffusion, x0, y, pairs, kd="masked", beta=1
 
 
 def recover(student, teacher, diffusion, batches, pairs, steps, *, kd="masked", beta=1e-2, k=2.0, lr=2e-4,
-            final_lr_ratio=0.5, warmup=0, ema_decay=0.9999, on_step=None):
+            final_lr_ratio=0.5, warmup=0, ema_decay=0.9999, on_step=None, state=None):
     """Fine-tune a pruned `student`, in place, with its `teacher`; returns the EMA of its weights as a model.
 
-    batches: an iterator of (x0, y). beta falls linearly from its value to 0 over the steps. `kd` as in `recovery_loss`.
+    batches: an iterator of (x0, y). beta falls linearly from its value to 0 over the steps. `kd` as in `recovery_loss`,
+    on_step and state as in `train`.
     Defaults are the paper's for DiT-XL (lr 2e-4, cosine to 1e-4). Raises ValueError as `recovery_loss` does."""
     teacher.eval()
     student.train()
@@ -868,7 +873,7 @@ def recover(student, teacher, diffusion, batches, pairs, steps, *, kd="masked", 
         return recovery_loss(student, teacher, diffusion, *next(batches), pairs, kd, now, k)
 
     return train(student, loss, steps, lr=lr, final_lr_ratio=final_lr_ratio, warmup=warmup, ema_decay=ema_decay,
-                 on_step=on_step)
+                 on_step=on_step, state=state)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1151,7 +1156,9 @@ def image_batches(images, labels, batch_size, seed, device="cpu", start=0):
 # Chapter 8. The training loop
 #
 # One loop serves the teacher, the layers, the student and the judge: AdamW, gradient clipping, and an exponential
-# moving average (EMA) of the weights, from which images are drawn.
+# moving average (EMA) of the weights, from which images are drawn. A long run can be stopped, even killed, at any
+# moment and continued: all that the next step depends on is written to a file now and then, and a step's batch depends
+# on its number alone. On a CPU such a run ends bit for bit where one that was never stopped ends.
 # ---------------------------------------------------------------------------------------------------------------------
 
 class NonFiniteLoss(Exception):
@@ -1163,16 +1170,61 @@ class NonFiniteLoss(Exception):
         self.step, self.model = step, model
 
 
+class TrainingState:
+    """Where a training run stands, in a file that `train` writes every `every` steps, on Ctrl-C and on SIGTERM, and
+    starts from if it is there. `step` is the number of steps done. The caller removes the file when the run is over.
+
+    settings: {name: word} that the run depends on. Raises UserError where the file was made with others, or is torn."""
+
+    def __init__(self, path, settings, every):
+        self.path, self.settings, self.every = Path(path), settings, every
+        self.content = made_with(self.path, settings, "step") if self.path.exists() else {"step": 0}
+        self.step = self.content["step"]
+
+    def save(self, step, **parts):
+        content = {"settings": self.settings, "step": step, "rng": torch.get_rng_state(), **parts}
+        if torch.cuda.is_available():
+            content["cuda_rng"] = torch.cuda.get_rng_state_all()
+        write_file(self.path, lambda file: torch.save(content, file))
+
+    def restore_rng(self):
+        torch.set_rng_state(self.content["rng"])
+        if "cuda_rng" in self.content:
+            torch.cuda.set_rng_state_all(self.content["cuda_rng"])
+
+
+@contextlib.contextmanager
+def stop_requests():
+    """A context in which the first Ctrl-C or SIGTERM breaks nothing off, but makes the list that it yields non-empty;
+    the second one breaks off. Does nothing outside the main thread, where Python allows no signal handlers."""
+    asked = []
+
+    def ask(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM) if main}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def train(model, loss_fn, steps, *, params=None, lr=1e-4, final_lr_ratio=1.0, warmup=0, clip=1.0,
-          ema_decay=None, on_step=None):
+          ema_decay=None, on_step=None, state=None, record=None):
     """Take `steps` steps of AdamW (no weight decay, gradients clipped to norm `clip`) on `model`, in place.
 
     loss_fn(step) returns the loss, a scalar, and a dict of more numbers to report. params: parameters or groups of
     them with rates of their own, by default all that require gradients. The rate rises linearly over `warmup` steps
     and falls along a cosine to `final_lr_ratio` times itself (1: constant). on_step(step, metrics) hears of every
-    step. Returns the exponential moving average of the model if ema_decay is given, else the model, in eval mode; its
-    decay after n steps is min(ema_decay, (1 + n) / (10 + n)).
-    Raises NonFiniteLoss before a step that would spoil the weights."""
+    step. state: a TrainingState to go on from and to save to, with `record`, a list of plain data that grows along;
+    loss_fn must then start with the batch of step `state.step`. Returns the exponential moving average of the model if
+    ema_decay is given, else the model, in eval mode; its decay after n steps is min(ema_decay, (1 + n) / (10 + n)).
+    Raises NonFiniteLoss before a step that would spoil the weights, and KeyboardInterrupt, once the state is saved,
+    where stopping was asked for."""
     params = list(params or [p for p in model.parameters() if p.requires_grad])
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0, fused=True)
     weights = [p for group in optimizer.param_groups for p in group["params"]]
@@ -1190,25 +1242,43 @@ def train(model, loss_fn, steps, *, params=None, lr=1e-4, final_lr_ratio=1.0, wa
 
     ema = AveragedModel(model, multi_avg_fn=average) if ema_decay else None
     result = ema.module if ema else model
-    for step in range(steps):
-        loss, metrics = loss_fn(step)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(weights, clip)
-        if not math.isfinite(loss.item() + norm.item()):
-            raise NonFiniteLoss(step, loss.item(), norm.item(), result)
-        optimizer.step()
-        if on_step:
-            on_step(step, {"loss": loss.item(), "grad_norm": norm, "lr": schedule.get_last_lr()[-1]} | metrics)
-        schedule.step()
+    first = state.step if state else 0
+    if first:
+        for weight, saved in zip(weights, state.content["weights"], strict=True):
+            weight.data.copy_(saved)
+        optimizer.load_state_dict(state.content["optimizer"])
+        schedule.load_state_dict(state.content["schedule"])
         if ema:
-            ema.update_parameters(model)
+            ema.load_state_dict(state.content["ema"])
+        if record is not None:
+            record[:] = state.content["record"]
+        state.restore_rng()
+    with stop_requests() if state else contextlib.nullcontext() as asked:
+        for step in range(first, steps):
+            loss, metrics = loss_fn(step)
+            optimizer.zero_grad()
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(weights, clip)
+            if not math.isfinite(loss.item() + norm.item()):
+                raise NonFiniteLoss(step, loss.item(), norm.item(), result)
+            optimizer.step()
+            if on_step:
+                on_step(step, {"loss": loss.item(), "grad_norm": norm, "lr": schedule.get_last_lr()[-1]} | metrics)
+            schedule.step()
+            if ema:
+                ema.update_parameters(model)
+            if state and (asked or (step + 1) % state.every == 0):
+                state.save(step + 1, weights=[weight.data for weight in weights], optimizer=optimizer.state_dict(),
+                           schedule=schedule.state_dict(), ema=ema.state_dict() if ema else None, record=record)
+            if asked:
+                raise KeyboardInterrupt
     return result.eval()
 
 
-def progress(label, steps, log_file=None, unit="steps"):
+def progress(label, steps, log_file=None, unit="steps", first=0):
     """An on_step that shows "label step/steps, loss, speed, time left" and appends lines of JSON to `log_file`, 100
-    times over the run. Numbers are those of the step, the loss the mean since the last report."""
+    times over the run. Numbers are those of the step, the loss the mean since the last report. first: the step at
+    which it starts."""
     start, losses, every = time.perf_counter(), [], max(1, steps // 100)
     live = sys.stderr.isatty()
 
@@ -1218,7 +1288,7 @@ def progress(label, steps, log_file=None, unit="steps"):
         done = step + 1
         if done % every and done != steps:
             return
-        speed = done / (time.perf_counter() - start)
+        speed = (done - first) / (time.perf_counter() - start)
         loss = f"  loss {sum(losses) / len(losses):.4f}" if losses else ""
         line = f"{label:8} {done}/{steps}{loss}  {speed:.3g} {unit}/s  {(steps - done) / speed:.0f} s left"
         if live or done == steps or done // every % 10 == 0:
@@ -1254,7 +1324,10 @@ def open_folder(path):
 def write_file(path, write):
     """Call write(file) on a new binary file and put it at `path` only when it is complete and on the disk."""
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=open_folder(path.parent), prefix=f".{path.name}.")
+    folder, prefix = open_folder(path.parent), f".{path.name}."
+    for torn in folder.glob(glob.escape(prefix) + "*"):          # a process killed while it wrote could not clean up
+        torn.unlink(missing_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=prefix)
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)
@@ -1274,20 +1347,21 @@ def save_checkpoint(path, model, sampling, classes, **more):
     write_file(path, lambda file: torch.save(content, file))
 
 
-def read_checkpoint(path):
-    """The content of a checkpoint written by `save_checkpoint`, a dict. It is read as data; nothing in it is run.
+def read_checkpoint(path, expected=("ema", "config", "sampling", "classes")):
+    """The content of a file written by `save_checkpoint`, a dict with at least the entries `expected`. It is read as
+    data; nothing in it is run.
 
     Raises UserError, in one line, for a file that is missing, torn, foreign, or a pickle that would run code."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"checkpoint {path}: {error.strerror or error}") from None
-    except Exception as error:                   # torn archives end in RuntimeError, EOFError and others
+        with torch.serialization.safe_globals([argparse.Namespace]):         # the `args` of official training runs
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise UserError(f"checkpoint {path}: {error.strerror}") from None
+    except Exception as error:                   # torn archives end in RuntimeError, EOFError, OSError and others
         code = isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error)     # it names a class or function
         reason = "refused, it holds objects besides weights, which could run code; nothing was run" if code else \
             "not a PyTorch file, or only a part of one"
         raise UserError(f"checkpoint {path}: {reason}") from None
-    expected = ("ema", "config", "sampling", "classes")
     if not isinstance(checkpoint, dict) or not set(expected) <= checkpoint.keys():
         raise UserError(f"checkpoint {path}: not one of this program's; expected the entries {', '.join(expected)}")
     return checkpoint
@@ -1297,7 +1371,7 @@ def made_with(path, settings, entry):
     """The content of a result file, a dict with `settings` and `entry`. Raises UserError, with the difference, where it
     was made with other settings than these, and where it is damaged."""
     try:
-        result = read_checkpoint(path) if path.suffix == ".pt" else json.loads(path.read_text())
+        result = read_checkpoint(path, (entry,)) if path.suffix == ".pt" else json.loads(path.read_text())
         made, _ = result["settings"], result[entry]
         different = [f"{flag} {made.get(flag)} (now {value})" for flag, value in settings.items()
                      if made.get(flag) != value]
@@ -1309,17 +1383,53 @@ def made_with(path, settings, entry):
     return result
 
 
-def load_checkpoint(path, device="cpu"):
-    """The model of a checkpoint, in eval mode on `device`, and the checkpoint itself. Raises UserError as
-    `read_checkpoint` does, and where weights and configuration disagree."""
-    checkpoint = read_checkpoint(path)
+def dit_config(weights):
+    """The arguments of DiT that fit a state dict of official names, told from its shapes. The heads, which no shape
+    tells, are those of the model in DiT_models of the same width. Raises ValueError where there is none, or where the
+    weights are not a DiT's."""
     try:
-        model = DiT(**checkpoint["config"])
-        model.load_state_dict(checkpoint["ema"], strict=True)
+        (D, C, P, _), T = weights["x_embedder.proj.weight"].shape, weights["pos_embed"].shape[1]
+        blocks = {int(name.split(".")[1]) for name in weights if name.startswith("blocks.")}
+        hidden, outputs = weights["blocks.0.mlp.fc1.bias"].shape[0], weights["final_layer.linear.bias"].shape[0]
+        classes = weights["y_embedder.embedding_table.weight"].shape[0] - 1              # the last row is no class
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise ValueError(f"not the weights of a DiT ({error})") from None
+    heads = {build.keywords["hidden_size"]: build.keywords["num_heads"] for build in DiT_models.values()}
+    if D not in heads:
+        raise ValueError(f"width {D} is of no known model ({', '.join(map(str, heads))}), so its heads are unknown")
+    return {"input_size": math.isqrt(T) * P, "patch_size": P, "in_channels": C, "hidden_size": D, "depth": len(blocks),
+            "num_heads": heads[D], "mlp_ratio": hidden / D, "num_classes": classes,
+            "learn_sigma": outputs == 2 * C * P * P}
+
+
+def load_checkpoint(path, device="cpu"):
+    """The model of a checkpoint, in eval mode on `device`, and a dict with its `config`, `sampling` and `classes`.
+
+    Takes this program's checkpoints, and those of facebookresearch/DiT and of the public TinyFusion code: a plain state
+    dict, or a dict with `ema` (preferred) or `model`, whose names may start with "module."; the size is then told from
+    the shapes, and `sampling` is the paper's. Raises UserError as `read_checkpoint` does, and where weights and
+    configuration disagree. Nothing is allocated before they have been compared."""
+    checkpoint = read_checkpoint(path, ())
+    weights = next((checkpoint[name] for name in ("ema", "model") if name in checkpoint), checkpoint)
+    try:
+        weights = {name.removeprefix("module."): weight.float() for name, weight in weights.items()}
+        config = checkpoint["config"] if "config" in checkpoint else dit_config(weights)
+        if config.get("depth", 28) > len(weights):
+            raise ValueError(f"depth {config['depth']} with {len(weights)} weights")
+        with torch.device("meta"):               # shapes without memory
+            model = DiT(**config)
     except (TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"checkpoint {path}: its weights and its config disagree: {reason[:300]}") from None
-    return model.to(device).eval(), checkpoint
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"checkpoint {path}: weights and config disagree: {reason}") from None
+    expected, found = ({name: tuple(w.shape) for name, w in side.items()} for side in (model.state_dict(), weights))
+    wrong = [f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'nothing of that name')}"
+             for name in expected | found if found.get(name) != expected.get(name)]
+    if wrong:
+        raise UserError(f"checkpoint {path}: {len(wrong)} weights disagree with its config: {'; '.join(wrong[:3])}")
+    model.load_state_dict(weights, assign=True)
+    official = {"sampling": {"steps": 250, "guidance": 1.5, "eta": 1.0, "clip_denoised": False},
+                "classes": [str(i) for i in range(model.num_classes)]}
+    return model.to(device).eval(), official | checkpoint | {"config": model.config()}
 
 
 def noise_source(indices, shape, seed, device="cpu"):
@@ -1894,6 +2004,7 @@ FLAGS = [
     ("--sample-steps N", number(int, 2, 1000), (50, 250, 25), "measure", "sampling steps per image"),
     ("--guidance X", number(float, 0), 1.5, "measure", "classifier-free guidance scale; 1 is without"),
     ("--eta X", number(float, 0, 1), 1.0, "measure", "1 samples by DDPM, 0 by DDIM"),
+    ("--save-every N", COUNT, (200, 2000), None, "steps between saves of a stage's state, from which it can go on"),
     ("--stages LIST", stage_list, ",".join(RESULTS), None, "stages to run; one left out must be there in --out"),
     ("--compare WHAT", tuple(COMPARISONS), None, None,
      f"instead, choose, prune and recover many times, and compare {', '.join(COMPARISONS)}"),
@@ -1989,8 +2100,12 @@ class Run:
         entry = {"learn": "kept", "measure": "rows"}.get(stage, "ema")
         return path.exists() and bool(made_with(path, self.settings(stage), entry))
 
-    def batches(self, seed):
-        return image_batches(self.data.images, self.data.labels, self.args.batch_size, seed, self.device)
+    def batches(self, seed, start=0):
+        return image_batches(self.data.images, self.data.labels, self.args.batch_size, seed, self.device, start)
+
+    def state(self, stage):
+        """Where an unfinished stage stands, or the beginning."""
+        return TrainingState(self.out / f"{stage}-state.pt", self.settings(stage), self.args.save_every)
 
     def learning(self):
         """Arguments of `learn_layers` that flags set, but for `update`."""
@@ -2004,26 +2119,32 @@ class Run:
         return {"steps": args.recover_steps, "lr": args.recover_lr, "warmup": min(100, args.recover_steps // 10),
                 "ema_decay": args.ema}
 
-    def report(self, stage, steps):
-        """The on_step of a stage. A stage that runs anew takes its old lines out of log.jsonl."""
+    def report(self, stage, steps, first):
+        """The on_step of a stage that starts with step `first`. Its lines from there on leave log.jsonl."""
         log, images = self.out / "log.jsonl", steps * self.args.batch_size
         print(f"{stage}: {steps} steps of {self.args.batch_size} images = {images:,} images, "
-              f"{images / len(self.data.labels):.1f} epochs")
-        lines = log.read_text(errors="replace").splitlines(keepends=True) if log.exists() else []
-        others = [line for line in lines if f'"{stage}"' not in line and line.endswith("\n")]   # no torn last line
-        write_file(log, lambda file: file.write("".join(others).encode()))
-        return progress(stage, steps, log)
+              f"{images / len(self.data.labels):.1f} epochs" + (f"; goes on after step {first}" if first else ""))
+        kept = []
+        for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
+            with contextlib.suppress(ValueError, KeyError, TypeError):       # a line that was torn is left out
+                entry = json.loads(line)
+                if entry["stage"] != stage or entry["step"] <= first:
+                    kept.append(line + "\n")
+        write_file(log, lambda file: file.write("".join(kept).encode()))
+        return progress(stage, steps, log, first=first)
 
-    def save_trained(self, stage, fit, **more):
-        """Save the model that fit() trains as the stage's result. Where its loss is not finite, save the weights from
-        before that as STAGE-stopped.pt and raise UserError."""
+    def save_trained(self, stage, state, fit, **more):
+        """Save the model that fit() trains as the stage's result, and remove its `state`. Where the loss is not finite,
+        save the weights from before that as STAGE-stopped.pt and raise UserError."""
         more |= {"settings": self.settings(stage)}
         try:
             save_checkpoint(self.path(stage), fit(), self.sampling, self.data.classes, **more)
         except NonFiniteLoss as stop:
             rescued = self.out / f"{stage}-stopped.pt"
             save_checkpoint(rescued, stop.model, self.sampling, self.data.classes, **more)
+            state.path.unlink(missing_ok=True)
             raise UserError(f"{stage} stopped: {stop}; weights before it: {rescued}; lower --{stage}-lr") from None
+        state.path.unlink(missing_ok=True)
 
 
 def stage_teacher(run):
@@ -2034,7 +2155,8 @@ def stage_teacher(run):
                                    num_classes=len(run.data.classes)).to(run.device)
     # Labels start at std 1, not the official 0.02: toy-FID 3.43 against 3.83 (seed 0, all digits right either way).
     nn.init.normal_(model.y_embedder.embedding_table.weight, std=1.0)
-    batches = run.batches(args.seed)
+    state = run.state("teacher")
+    batches = run.batches(args.seed, state.step)
 
     def loss(step):
         x0, y = next(batches)
@@ -2042,9 +2164,9 @@ def stage_teacher(run):
         return terms["loss"].mean(), {"mse": terms["mse"].mean(), "vb": terms["vb"].mean()}
 
     steps = args.teacher_steps
-    run.save_trained("teacher", lambda: train(
+    run.save_trained("teacher", state, lambda: train(
         model, loss, steps, lr=args.teacher_lr, final_lr_ratio=0.0, warmup=min(100, steps // 10), ema_decay=args.ema,
-        on_step=run.report("teacher", steps)))
+        on_step=run.report("teacher", steps, state.step), state=state))
 
 
 def stage_learn(run):
@@ -2056,12 +2178,15 @@ def stage_learn(run):
         examples = fixed_examples(run.diffusion, run.data.images, run.data.labels, device=run.device)
         kept = CRITERIA[args.criterion](teacher, run.groups, run.diffusion, examples)
     elif kept is None:
-        loss_fn = masked_denoising(run.diffusion, run.batches(args.seed + 1), args.dropped_share,
+        state = run.state("learn")
+        loss_fn = masked_denoising(run.diffusion, run.batches(args.seed + 1, state.step), args.dropped_share,
                                    args.snr_gamma or math.inf)
+        report = run.report("learn", args.learn_steps, state.step)
         try:
-            sampler, history = learn_layers(teacher, loss_fn, run.groups, update=args.update,
-                                            on_step=run.report("learn", args.learn_steps), **run.learning())
+            sampler, history = learn_layers(teacher, loss_fn, run.groups, update=args.update, on_step=report,
+                                            state=state, **run.learning())
         except NonFiniteLoss as stop:
+            state.path.unlink(missing_ok=True)
             raise UserError(f"learn stopped: {stop}; {run.path('teacher')} is as it was; lower --learn-lr") from None
         kept, confidence = sampler.kept(), sampler.confidence().tolist()
     if history:
@@ -2070,6 +2195,7 @@ def stage_learn(run):
         picture.unlink(missing_ok=True)          # one of earlier learning would be of other blocks
     result = {"kept": kept, "confidence": confidence, "history": history, "settings": run.settings("learn")}
     write_file(run.path("learn"), lambda file: file.write(json.dumps(result).encode()))
+    (run.out / "learn-state.pt").unlink(missing_ok=True)
     how = "as told" if args.kept else f"by criterion {args.criterion}" if confidence is None else \
         "confidence of each group " + " ".join(f"{c:.2f}" for c in confidence)
     print(f"kept blocks {kept} of {len(teacher.blocks)}; {how}")
@@ -2080,9 +2206,11 @@ def stage_recover(run):
     args, teacher = run.args, load_checkpoint(run.path("teacher"), run.device)[0]
     kept = json.loads(run.path("learn").read_text())["kept"]
     torch.manual_seed(args.seed + 2)
-    run.save_trained("recover", lambda: recover(
-        prune(teacher, kept), teacher, run.diffusion, run.batches(args.seed + 2), match_blocks(run.groups, kept),
-        kd=args.kd, on_step=run.report("recover", args.recover_steps), **run.recovery()), kept=kept, groups=run.groups)
+    state = run.state("recover")
+    run.save_trained("recover", state, lambda: recover(
+        prune(teacher, kept), teacher, run.diffusion, run.batches(args.seed + 2, state.step),
+        match_blocks(run.groups, kept), kd=args.kd, on_step=run.report("recover", args.recover_steps, state.step),
+        state=state, **run.recovery()), kept=kept, groups=run.groups)
 
 
 def stage_measure(run):
@@ -2180,7 +2308,7 @@ def guarded(prog, body):
         print(f"{prog}: out of memory; try a smaller batch or model", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\n{prog}: stopped; the files that are there are whole", file=sys.stderr)
+        print(f"\n{prog}: stopped; the files that are there are whole; the same command goes on", file=sys.stderr)
         return 130
 
 
@@ -2191,4 +2319,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)    # ends as Ctrl-C does
     sys.exit(main())
