@@ -1527,7 +1527,7 @@ def draw_recoverability(path, title, dots, marks):
     """recoverability.png: the loss after pruning against the toy-FID after recovery, both axes logarithmic. dots:
     (loss, toy-FIDs of the recovery seeds) of every mask; marks: (name, numbers of its dots) of the criteria."""
     left, top, right, bottom = 90, 60, 690, 600
-    sheet = Image.new("RGB", (right + 330, bottom + 70), "white")
+    sheet = Image.new("RGB", (right + 390, bottom + 70), "white")
     draw, grey, dark, red = ImageDraw.Draw(sheet), (170, 178, 190), (18, 62, 130), (205, 60, 20)
 
     def axis(values, start, end):                # a number to its place between two pixels, and round numbers to name
@@ -1545,8 +1545,8 @@ def draw_recoverability(path, title, dots, marks):
     for tick in y_ticks:
         draw.line((left, y_of(tick), right, y_of(tick)), fill=(232, 235, 240))
         text(draw, (left - 10, y_of(tick)), f"{tick:g}", anchor="rm")
-    text(draw, ((left + right) / 2, bottom + 48), "loss right after pruning", anchor="ms")
-    text(draw, (left - 60, top - 16), "toy-FID after recovery (lower is better)", anchor="ls")
+    text(draw, ((left + right) / 2, bottom + 48), "loss right after pruning (logarithmic)", anchor="ms")
+    text(draw, (left - 60, top - 14), "toy-FID after recovery (logarithmic, lower is better)", anchor="ls")
     named = {}
     for number, (_, places) in enumerate(marks, 1):
         for dot in places:
@@ -1562,7 +1562,7 @@ def draw_recoverability(path, title, dots, marks):
         text(draw, (x + 8, y - 4), ",".join(map(str, named.get(dot, ()))), anchor="ls", fill=colour)
     for number, (name, _) in enumerate(marks, 1):
         text(draw, (right + 30, top + 24 * number), f"{number}  {name}", fill=red if "learned" in name else dark)
-    text(draw, (right + 30, bottom), "dots: means, lines: recovery seeds", anchor="ls")
+    text(draw, (right + 30, bottom), "dots: means, lines: recovery seeds, *: not ranked itself", anchor="ls")
     write_png(path, sheet)
 
 
@@ -1870,7 +1870,7 @@ def compare_criteria(lab, groups, quick, out):
     if len(seeds) > 1:
         moves = np.ptp(scipy.stats.rankdata(fids, axis=0), axis=1)
         alike = min(spearman(fids[:, a], fids[:, b]) for a, b in itertools.combinations(seeds, 2))
-        print(f"From one recovery seed to another a mask's rank moves by {np.median(moves):.0f} in the median and by "
+        print(f"Over the recovery seeds a mask's rank varies by {np.median(moves):.0f} in the median and by "
               f"{moves.max():.0f} at most;\nSpearman's correlation of two seeds' toy-FIDs is at least {alike:.3f}.")
     dots = [(found[0]["loss_after_pruning"], [result["toy_fid"] for result in found]) for found in results.values()]
     draw_recoverability(out / "recoverability.png", f"{len(dots)} choices of blocks recovered, {len(seeds)} seeds each",
