@@ -676,7 +676,6 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         return self.base(x) + F.linear(F.linear(x, self.lora_A) * self.scaling, self.lora_B)
 
-
     @property
     def weight(self):                            # for modules that read the weight of their linear layers, as
         return self.base.weight + self.scaling * self.lora_B @ self.lora_A   # nn.MultiheadAttention does its out_proj's
@@ -1923,7 +1922,8 @@ COMPARISONS = {"criteria": compare_criteria, "groups": compare_groups, "recovery
 # Chapter 11. The command line
 #
 # Four stages, each with one result in the output folder. A result carries the settings it was made with: found again
-# with the same ones it is reused; with others, the run stops before it does anything.
+# with the same ones it is reused; with others, the run stops before it does anything. A stage that was stopped goes on.
+# --compare trains the teacher if need be, and then goes to the laboratory instead.
 # ---------------------------------------------------------------------------------------------------------------------
 
 RESULTS = {"teacher": "teacher.pt", "learn": "layers.json", "recover": "student.pt", "measure": "results.json"}
