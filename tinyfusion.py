@@ -392,7 +392,7 @@ class GaussianDiffusion:
         return torch.randint(self.num_timesteps, (batch_size,), device=device)
 
     def snr(self, t):
-        """The signal-to-noise ratio (B,) at timesteps t (B,): the variance of the image's share over the noise's."""
+        """The signal-to-noise ratio abar_t / (1 - abar_t), (B,), at timesteps t (B,)."""
         return self._at("snr", t, t)
 
     def q_sample(self, x0, t, noise):
@@ -1591,8 +1591,9 @@ def print_table(header, rows):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def fixed_examples(diffusion, images, labels, n=512, seed=0, device="cpu", batch_size=128):
-    """Batches (x0, y, t, noise) of n examples in all, the same at every call, on which models can be compared without
-    training them. The timesteps are spread evenly. images and labels as in `image_batches`."""
+    """Batches (x0, y, t, noise), x0 and noise (B, C, H, W), y and t (B,), of n examples in all (fewer where there are
+    fewer images), the same at every call, on which models can be compared without training them. The timesteps are
+    spread evenly. images and labels as in `image_batches`."""
     x0, y = next(image_batches(images, labels, n, seed, device))
     t = torch.linspace(0, diffusion.num_timesteps - 1, len(y)).long().to(device)
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(device)
@@ -1703,7 +1704,7 @@ class Notebook:
 
 class Injected(nn.Module):
     """A teacher whose hidden states have one massive activation each: channel 0 of token 0 is `size` standard
-    deviations. For showing what it does to feature KD; the output of the model is not touched."""
+    deviations, as they were without it. To show what it does to feature KD; the model's output is not touched."""
 
     def __init__(self, teacher, size):
         super().__init__()
@@ -1731,6 +1732,7 @@ class Laboratory:
 
     @functools.cached_property
     def judge(self):
+        """The classifier whose features toy-FID is measured in, trained when it is first needed."""
         return train_classifier(self.data, self.device)[0]
 
     def batches(self, seed):
@@ -1768,6 +1770,7 @@ class Laboratory:
         return [self.notebook.jobs[name] for name, _ in named]
 
     def recover_one(self, kept, seed, how):
+        """One job of `recover_all`, done: its dict. What `how` leaves out is plain fine-tuning."""
         how, losses = {"kd": "none", "groups": (), "k": 2.0, "injected": 0} | how, []
         student = prune(self.teacher, kept)
         before = calibration_loss(student, self.diffusion, self.examples)
