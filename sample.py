@@ -3,23 +3,26 @@
     python sample.py --ckpt runs/toy/student.pt                          ten images of every class, as sample.png
     python sample.py --ckpt runs/toy/student.pt --labels 3,1,4 --num-images 30 --seed 7 --out pi.png
     python sample.py --ckpt runs/toy/student.pt --num-images 5000 --npz a.npz         an ADM batch, for any FID program
+    python sample.py --ckpt TinyDiT-D14.pt --vae stabilityai/sd-vae-ft-ema --labels 207,360,387,974,88,979,417,279
 
-Checkpoints of facebookresearch/DiT and of the public TinyFusion code are taken too; models of latents (4 channels) draw
-latents, which are no images: --npz writes them, as `latents`.
+Checkpoints of facebookresearch/DiT and of the public TinyFusion code are taken too. Models of latents (4 channels) draw
+latents, which are no images: --vae makes images of them, and without it --npz writes them, as `latents`.
 
 Image i of a seed is the same image whatever the batch size, on any device, but for the last bits of matrix products.
 How the checkpoint's own samples were drawn (steps, guidance, eta) is stored in it, and is the default here.
 """
 
+import itertools
 import math
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from tinyfusion import (GaussianDiffusion, Parser, UserError, guarded, image_grid, load_checkpoint, noise_source,
-                        nonempty, number, open_folder, pick_device, progress, to_uint8, write_file, write_png)
+from tinyfusion import (VAE, GaussianDiffusion, Parser, UserError, guarded, image_grid, load_checkpoint, nonempty,
+                        number, open_folder, pick_device, progress, sample_images, to_uint8, write_file, write_png)
 
 
 def parse_args(argv=None):
@@ -27,6 +30,8 @@ def parse_args(argv=None):
     parser = Parser(prog="sample.py", description="Draw images from a checkpoint of tinyfusion.py.")
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint, e.g. runs/toy/student.pt")
     parser.add_argument("--labels", metavar="LIST", help="class numbers in turn, as in 3,1,4 (all classes)")
+    parser.add_argument("--vae", type=nonempty, metavar="NAME",
+                        help="autoencoder of latents, on Hugging Face or a folder (needs diffusers)")
     parser.add_argument("--num-images", type=number(int, 1, 10 ** 7), metavar="N", help="images (10 per label)")
     parser.add_argument("--guidance", type=number(float, 0), metavar="X", help="guidance scale (the checkpoint's)")
     parser.add_argument("--steps", type=number(int, 2, 1000), metavar="N", help="sampling steps (the checkpoint's)")
@@ -53,6 +58,24 @@ def parse_labels(words, num_classes):
     return labels
 
 
+def write_npz(path, N, batches, name, **more):
+    """Write arrays (b, ...) of N examples in all as one array `name` of an .npz file, of which only a batch is in
+    memory, and `more` small ones."""
+    def write(file):
+        with zipfile.ZipFile(file, "w") as archive:
+            for key, value in more.items():
+                with archive.open(f"{key}.npy", "w") as entry:
+                    np.save(entry, value)
+            first = next(batches)
+            kind = {"descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False,
+                    "shape": (N, *first.shape[1:])}
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array_header_1_0(entry, kind)
+                for batch in itertools.chain([first], batches):
+                    entry.write(np.ascontiguousarray(batch).tobytes())
+    write_file(path, write)
+
+
 def run(args):
     """Draw the images and write them."""
     device = pick_device(args.device)
@@ -62,8 +85,12 @@ def run(args):
         raise UserError(f"{target}: is a folder; expected the name of a file to write")
     model, checkpoint = load_checkpoint(args.ckpt, device)
     latent = model.in_channels not in (1, 3)
-    if latent and not args.npz:
-        raise UserError(f"{args.ckpt} draws latents of {model.in_channels} channels, no images; use --npz FILE")
+    if latent and not (args.npz or args.vae):
+        raise UserError(f"{args.ckpt} draws latents of {model.in_channels} channels, no images; give --vae NAME to "
+                        "decode them, or --npz FILE to write them as they are")
+    if args.vae and not latent:
+        raise UserError(f"--vae: {args.ckpt} draws images, there is nothing to decode; leave --vae out")
+    decode = VAE(args.vae, device).decode if args.vae else (lambda x: x) if latent else to_uint8
     chosen = parse_labels(args.labels, model.num_classes)
     N = args.num_images or 10 * len(chosen)
     labels = torch.tensor([chosen[i % len(chosen)] for i in range(N)], device=device)
@@ -74,27 +101,27 @@ def run(args):
     if args.compile:
         model.compile()
     batches = torch.arange(N).split(args.batch_size)
-    report, parts, diffusion = progress("images", len(batches)), [], GaussianDiffusion()
+    report, diffusion = progress("images", N, unit="images"), GaussianDiffusion()
     shape = (model.in_channels, model.input_size, model.input_size)
-    try:
-        for done, index in enumerate(batches):
-            draw = noise_source(index.tolist(), shape, args.seed, device)
-            x = diffusion.sample(model, labels[index], draw, **sampling).cpu()
-            parts.append(x if latent else to_uint8(x))
-            report(done, {})
-    except (TypeError, ValueError) as error:
-        raise UserError(f"checkpoint {args.ckpt}: its sampling settings cannot be used: {error}") from None
-    images = torch.cat(parts)                                                # (N, C, H, W)
-    if latent:
-        write_file(args.npz, lambda file: np.savez(file, latents=images.numpy()))
+    settings = ", ".join(f"{key} {value}" for key, value in sampling.items() if value is not None)
+
+    def draw():
+        for index in batches:
+            try:
+                yield sample_images(model, diffusion, labels[index], index.tolist(), shape, args.seed, sampling, decode)
+            except (TypeError, ValueError) as error:
+                raise UserError(f"checkpoint {args.ckpt}: its sampling settings cannot be used: {error}") from None
+            report(int(index[-1]), {})
+
+    if args.npz and latent and not args.vae:
+        write_npz(args.npz, N, (x.numpy() for x in draw()), "latents")
     elif args.npz:
-        rgb = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
-        write_file(args.npz, lambda file: np.savez(file, arr_0=np.ascontiguousarray(rgb)))
+        images = (x.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy() for x in draw())
+        write_npz(args.npz, N, images, "arr_0", settings=np.array(f"{settings}, seed {args.seed}"))
     else:
         columns = len(chosen) if 1 < len(chosen) <= 20 else math.ceil(math.sqrt(N))
-        write_png(args.out, image_grid(images, columns))
-    settings = [f"{key} {value}" for key, value in sampling.items() if value is not None]
-    print(f"{N} images, {', '.join(settings)}, seed {args.seed}: {args.npz or args.out}")
+        write_png(args.out, image_grid(torch.cat(list(draw())), columns))
+    print(f"{N} images, {settings}, seed {args.seed}: {args.npz or args.out}")
 
 
 def main(argv=None):

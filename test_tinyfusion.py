@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,6 +63,75 @@ def dense_forward(blocks, x, mask, *args):
         m = mask[:, i].view(-1, *[1] * (x.dim() - 1))
         x = m * block(x, *args) + (1 - m) * x
     return x
+
+
+class StandIn(nn.Module):
+    """Called like the Inception network of FID, in TorchScript: eight features, and three classes."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.features, self.classes = nn.Linear(27, 8), nn.Linear(8, 3)
+
+    def forward(
+        self, x: torch.Tensor, return_features: bool = False, use_fp16: bool = False, no_output_bias: bool = False
+    ):
+        x = self.features(F.adaptive_avg_pool2d(x.to(torch.float32) / 255, (3, 3)).flatten(1))
+        return x if return_features else self.classes(x).softmax(1)
+
+
+class ToyVAE:
+    """In the place of tf.VAE: latents (B, 4, h / 8, w / 8) from a pixel of every 8x8 patch; decoding spreads it."""
+
+    def __init__(self, name="", device="cpu"):
+        self.device = device
+
+    def encode(self, images, noise):
+        small = tf.to_float(images)[:, :, ::8, ::8]
+        return torch.cat([small, small[:, :1]], 1) + 0.01 * noise
+
+    def decode(self, latents):
+        return tf.to_uint8(latents[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3)).cpu()
+
+
+def fixed_gradients(accumulate=1, steps=3):
+    """The gradients of LoRA and logits in some steps on fixed batches of 8, with fixed random numbers, of which every
+    process and part of a batch takes its rows; and all that was trained, from every process."""
+    model = tiny_dit()
+    teacher, diffusion, sampler = copy.deepcopy(model), tf.GaussianDiffusion(), tf.LayerSampler([(1, 2), (1, 2)])
+    added = tf.add_lora(model.requires_grad_(), rank=2)
+    for p in added:
+        nn.init.normal_(p, std=0.1)
+    weights, found, calls = [*added, *sampler.parameters()], [], []
+
+    def loss_fn(step):
+        torch.manual_seed(step)
+        x, noise, y = torch.randn(8, 1, 8, 8), torch.randn(8, 1, 8, 8), torch.randint(0, 3, (8,))
+        t, mask = torch.randint(0, 1000, (8,)), sampler(8, tau=1.0)
+        part = tf.rank() + tf.world_size() * (len(calls) % accumulate)
+        calls.append(step)
+        mine = slice(part, None, tf.world_size() * accumulate)
+        masked = functools.partial(model, mask=mask[mine])
+        loss = diffusion.training_losses(masked, x[mine], t[mine], y[mine], noise[mine])["loss"].mean()
+        (h,), (g,) = (net(x[mine], t[mine], y[mine], hidden=(3,))[1] for net in (model, teacher))
+        return loss + tf.masked_feature_loss(h, g), {}
+
+    def on_step(step, metrics):
+        found.append([p.grad.clone() for p in weights] + [torch.tensor(metrics["loss"])])
+
+    if tf.rank() > 0:
+        with torch.no_grad():
+            for p in weights:
+                p.add_(1.0)  # the first process's weights must win
+    tf.train(model, loss_fn, steps, params=weights, lr=1e-3, accumulate=accumulate, find_unused=True, on_step=on_step)
+    return found, tf.gather([p.detach() for p in weights])
+
+
+def torchrun(processes, *command, **more):
+    """Run a script in so many processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    return subprocess.run([*launcher, *command], capture_output=True, text=True, env=environment, timeout=300, **more)
 
 
 class Heart(unittest.TestCase):
@@ -722,6 +792,111 @@ class Measuring(unittest.TestCase):
         with self.assertRaisesRegex(ValueError, "need more than"):
             tf.precision_recall(real[:3], real)
 
+    def test_other_packages_find_the_same_from_the_same_features(self):
+        try:
+            from prdc import compute_prdc
+            from pytorch_fid.fid_score import calculate_frechet_distance
+        except ImportError:
+            self.skipTest("needs pip install pytorch-fid prdc")
+        rng = np.random.default_rng(0)
+        real, fake = rng.normal(size=(700, 64)), rng.normal(size=(600, 64)) * 0.9 + 0.1
+        a, b = (tf.FeatureStatistics().update(x) for x in (real, fake))
+        theirs = calculate_frechet_distance(real.mean(0), np.cov(real.T), fake.mean(0), np.cov(fake.T))
+        self.assertLess(abs(tf.frechet_distance(a.mean, a.covariance, b.mean, b.covariance) / theirs - 1), 1e-9)
+        with contextlib.redirect_stdout(io.StringIO()):
+            expected = compute_prdc(real, fake, nearest_k=3)
+        found = tf.precision_recall(real, fake)
+        np.testing.assert_allclose(found, (expected["precision"], expected["recall"]), atol=2e-3)
+
+    def test_fid_is_the_same_from_a_folder_an_npz_file_and_saved_statistics(self):
+        rng, folder = np.random.default_rng(0), Path(self.enterContext(tempfile.TemporaryDirectory()))
+        a, b = (rng.integers(0, top, (60, 12, 12, 3), dtype=np.uint8) for top in (256, 180))
+        torch.jit.script(StandIn()).save(folder / "net.pt")
+        for name, images in (("a", a), ("b", b)):
+            (folder / name / "sub").mkdir(parents=True)
+            for i, image in enumerate(images):
+                Image.fromarray(image).save(folder / name / ("sub" if i % 2 else "") / f"{i:02}.png")
+        np.savez(folder / "a.npz", arr_0=a, settings="250 steps, guidance 1.5")
+        np.savez_compressed(folder / "b.npz", arr_0=b)
+        with torch.no_grad():
+            x, y = (StandIn()(torch.from_numpy(z).permute(0, 3, 1, 2), return_features=True).numpy() for z in (a, b))
+        expected = tf.frechet_distance(x.mean(0), np.cov(x.T), y.mean(0), np.cov(y.T))
+        stats = str(folder / "s.npz")
+
+        def fid(one, *more):
+            with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(io.StringIO()):
+                self.assertEqual(tf.main(["--fid", str(folder / one), "--device", "cpu", *more]), 0)
+            return said.getvalue()
+
+        inception = ["--inception", str(folder / "net.pt")]
+        for one in ("a", "a.npz"):
+            for other in ("b", "b.npz"):
+                words = fid(one, "--ref", str(folder / other), *inception, "--save-stats", stats)
+                self.assertIn(f"FID {expected:.4g}, IS 1", words)
+                self.assertIn("precision 0.", words)
+                self.assertIn("60 samples", words)
+                self.assertIn("features: net.pt", words)
+                self.assertEqual("250 steps, guidance 1.5" in words, one == "a.npz")
+        saved = np.load(stats, allow_pickle=False)
+        self.assertIn(f"FID {expected:.4g}", fid("b.npz", "--ref", stats, *inception))
+        np.savez(folder / "adm.npz", mu=y.mean(0), sigma=np.cov(y.T), arr_0=b[:30])
+        self.assertIn(f"FID {expected:.4g}, IS", fid("s.npz", "--ref", str(folder / "adm.npz")))
+        again = tf.statistics_of(folder / "adm.npz", tf.load_inception(folder / "net.pt", "cpu"))
+        self.assertEqual(len(torch.cat(again.content["features"])), 30)
+        np.testing.assert_allclose(again.covariance, np.cov(y.T))
+        np.testing.assert_allclose(saved["mu"], x.mean(0), rtol=1e-5)
+        (folder / "empty").mkdir()
+        (folder / "torn.npz").write_bytes((folder / "b.npz").read_bytes()[:-900])
+        np.savez(folder / "grey.npz", arr_0=a[..., 0])
+        np.savez(folder / "wide.npz", mu=np.zeros(3), sigma=np.eye(3))
+        for arguments, reason in (
+            (["--fid", "a", "--ref", "empty", *inception], "no images"),
+            (["--fid", "a", "--ref", "b"], "--inception FILE is needed"),
+            (["--fid", "a", "--ref", "nothing", *inception], "expected a folder"),
+            (["--fid", "a", "--ref", "torn.npz", *inception], "expected an .npz"),
+            (["--fid", "a", "--ref", "grey.npz", *inception], "arr_0"),
+            (["--fid", "a", "--ref", "wide.npz", *inception], "cannot be compared"),
+            (["--fid", "a", "--ref", "b", "--inception", "a.npz"], "expected a TorchScript"),
+            (["--fid", "a"], "goes with --ref"),
+            (["--save-stats", "x"], "goes with --fid"),
+        ):
+            arguments = [str(folder / word) if (folder / word).exists() else word for word in arguments]
+            status, words = status_and_words(tf.main, arguments)
+            lines = [line for line in words.splitlines() if line.startswith("tinyfusion.py: ")]
+            self.assertEqual((status, len(lines), "Traceback" in words), (2, 1, False), words)
+            self.assertIn(reason, lines[0])
+
+    def test_measuring_goes_on_where_it_was_stopped(self):
+        data, model, looks = tf.toy_digits(60, size=8), tiny_dit(num_classes=10), []
+        judge, path = tf.Classifier(1, 8, 10), Path(self.enterContext(tempfile.TemporaryDirectory())) / "m.pt"
+
+        def look(images):
+            looks.append(len(images))
+            if len(looks) == stop:
+                os.kill(os.getpid(), signal.SIGINT)
+            return judge.look(images)
+
+        def rows():
+            real, state = tf.statistics_of_data(data, judge.look), tf.TrainingState(path, {}, 4)
+            labels = tf.spread_labels(data, 30)
+            models, sampling = {"one": model, "other": tf.prune(model, [0, 3])}, {"steps": 2}
+            found, _ = tf.measure(
+                models, labels, data.shape, look, real, tf.GaussianDiffusion(), sampling, tf.to_uint8, batch_size=8,
+                label=None, state=state
+            )  # fmt: skip
+            return {name: {k: v for k, v in row.items() if k != "images_per_second"} for name, row in found.items()}
+
+        stop = None
+        whole = rows()
+        path.unlink()
+        looks.clear()
+        stop = 3
+        with self.assertRaises(KeyboardInterrupt):
+            rows()
+        self.assertEqual((tf.TrainingState(path, {}, 4).step, looks), (3, [8] * 3))
+        self.assertEqual(rows(), whole)
+        self.assertEqual(looks, [8] * 6 + [6] * 2)
+
 
 class Data(unittest.TestCase):
     """Chapter 7."""
@@ -793,20 +968,147 @@ class Data(unittest.TestCase):
         with self.assertRaisesRegex(tf.UserError, "no such folder"):
             tf.image_folder(self.folder / "x", 8)
         self.make("L")
-        with self.assertRaisesRegex(tf.UserError, "6 images, too few; expected at least 64"):
-            tf.image_folder(self.folder, 8, at_least=64)
         (self.folder / "empty").mkdir()
         with self.assertRaisesRegex(tf.UserError, "no readable image in class folder 'empty'"):
             tf.image_folder(self.folder, 8)
 
     def test_batches_cover_every_epoch_and_go_on_from_any_step(self):
         images, labels = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1), torch.arange(10)
-        stream = tf.image_batches(images, labels, 3, seed=1)
+        stream = tf.data_batches(tf.ImageSet(images, labels, []), 3, seed=1)
         ys = [next(stream)[1] for _ in range(9)]
         self.assertEqual(len(torch.cat(ys[:3]).unique()), 9)
         self.assertFalse(torch.equal(torch.cat(ys[:3]), torch.cat(ys[3:6])))
         for start in (1, 3, 7):
-            self.assertTrue(torch.equal(next(tf.image_batches(images, labels, 3, 1, start=start))[1], ys[start]))
+            self.assertTrue(torch.equal(next(tf.data_batches(tf.ImageSet(images, labels, []), 3, 1, start=start))[1], ys[start]))
+
+
+    def latents(self, n=20):
+        """A folder with the pair of files, and one in the public layout, of the same latents: 2 i + m in the middle."""
+        x = np.arange(2 * n, dtype=np.float32).reshape(n, 2, 1, 1, 1) + np.zeros((4, 4, 4), np.float32)
+        for name in ("pair", "files/imagenet256_features", "files/imagenet256_labels"):
+            (self.folder / name).mkdir(parents=True)
+        np.save(self.folder / "pair" / "latents.npy", x)
+        np.save(self.folder / "pair" / "labels.npy", np.arange(n) % 7)
+        for i in range(n):
+            np.save(self.folder / "files" / "imagenet256_features" / f"{i}.npy", x[i])
+            np.save(self.folder / "files" / "imagenet256_labels" / f"{i}.npy", np.array([i % 7]))
+        return self.folder / "pair", self.folder / "files"
+
+    def test_latents_in_two_files_and_in_many_give_the_same_batches_half_of_them_mirrored(self):
+        pair, files = (tf.open_data(folder, 8) for folder in self.latents())
+        self.assertIsInstance(pair.latents, np.memmap)
+        self.assertEqual((pair.shape, len(pair.classes), pair.describe()), ((4, 4, 4), 7, files.describe()))
+        both = [tf.data_batches(data, 4, seed=0) for data in (pair, files)]
+        seen = []
+        for _ in range(50):
+            (x, y), (x2, y2) = map(next, both)
+            self.assertTrue(torch.equal(x, x2) and torch.equal(y, y2))
+            number = x[:, 0, 0, 0].long()
+            self.assertTrue(torch.equal(number // 2 % 7, y))
+            seen.append(number)
+        self.assertEqual(len((torch.cat(seen[:5]) // 2).unique()), 20, "an epoch")
+        self.assertTrue(70 < (torch.cat(seen) % 2).sum() < 130, "200 coins")
+        for start in (3, 7):
+            x, _ = next(tf.data_batches(pair, 4, 0, start=start))
+            self.assertTrue(torch.equal(x[:, 0, 0, 0].long(), seen[start]))
+
+    def test_processes_and_parts_share_a_batch(self):
+        pair = tf.open_data(self.latents()[0], 8)
+        whole, _ = next(tf.data_batches(pair, 8, 0, start=3))
+        cut = [list(zip(range(2), tf.data_batches(pair, 8, 0, "cpu", 3, 2, part, 2))) for part in (0, 1)]
+        found = torch.cat([x for process in cut for _, (x, _) in process])
+        self.assertEqual({len(x) for process in cut for _, (x, _) in process}, {2})
+        self.assertTrue(torch.equal(found[:, 0, 0, 0].sort().values, whole[:, 0, 0, 0].sort().values))
+
+    def test_latents_that_cannot_be_used_are_refused_with_the_reason(self):
+        pair, files = self.latents()
+        good = np.load(pair / "latents.npy")
+        for content, reason in (
+            (good[:5], "5 latents"),
+            (good[:, 0], "expected as many of both"),
+            (good.astype(object), "expected a whole .npy"),
+        ):
+            np.save(pair / "latents.npy", content)
+            with self.assertRaisesRegex(tf.UserError, reason):
+                tf.open_data(pair, 8)
+        np.save(pair / "latents.npy", good)
+        np.save(pair / "labels.npy", np.arange(20) / 2)
+        with self.assertRaisesRegex(tf.UserError, "whole number"):
+            tf.open_data(pair, 8)
+        (pair / "labels.npy").unlink()
+        with self.assertRaisesRegex(tf.UserError, "labels.npy"):
+            tf.open_data(pair, 8)
+        (files / "imagenet256_features" / "11.npy").write_bytes(b"torn")
+        with self.assertRaisesRegex(tf.UserError, "11.npy"):
+            list(zip(range(5), tf.data_batches(tf.open_data(files, 8), 4, seed=0)))
+
+    def test_encoding_can_be_stopped_and_continued_and_skips_broken_images(self):
+        class Stopping(ToyVAE):
+            def encode(self, images, noise):
+                calls.append(len(images))
+                if len(calls) == stop:
+                    os.kill(os.getpid(), number)
+                return super().encode(images, noise)
+
+        self.make("RGB", classes=("b", "a", "c"), count=9, size=(40, 32))
+        Image.new("L", (50, 50), 77).save(self.folder / "a" / "grey.png")
+        (self.folder / "b" / "broken.png").write_bytes(b"no image")
+        results, arguments = [], (self.folder, 32, Stopping(), None, {"--vae": "toy"}, 4, 2)
+        for name, stops in (("whole", (None,)), ("stopped", (4, 3, None))):
+            out = self.folder.parent / f"{self.folder.name}-{name}"
+            self.addCleanup(shutil.rmtree, out, True)
+            out.mkdir()
+            for stop, number in zip(stops, (signal.SIGINT, signal.SIGTERM, None)):
+                calls = []
+                with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()) as said:
+                    with self.assertRaises(KeyboardInterrupt) if stop else contextlib.nullcontext():
+                        tf.encode_images(*arguments[:3], out, *arguments[4:])
+                if stop:
+                    with open(out / "latents.npy.part", "ab") as file:
+                        file.write(b"what a killed run leaves after its last save")
+                    with self.assertRaisesRegex(tf.UserError, "--vae toy"):
+                        tf.encode_images(*arguments[:3], out, {"--vae": "other"}, *arguments[5:])
+            self.assertEqual({p.name for p in out.iterdir()}, {"latents.npy", "labels.npy"})
+            self.assertIn("28 images of 3 classes, 1 skipped", said.getvalue())
+            results.append((out / "latents.npy").read_bytes() + (out / "labels.npy").read_bytes())
+        self.assertEqual(results[0], results[1])
+        data = tf.open_data(out, 8)
+        self.assertEqual((data.shape, data.labels.bincount().tolist()), ((4, 4, 4), [10, 9, 9]))
+        x, flipped = (ToyVAE().decode(data.read(torch.arange(28), torch.full((28,), m)))[:, :, ::8, ::8] for m in (0, 1))
+        image = torch.tensor(tf.read_image(sorted((self.folder / "a").iterdir())[0], 32)).permute(2, 0, 1)
+        self.assertLess((x[0].float() - image[:, ::8, ::8]).abs().max(), 8)
+        self.assertLess((flipped[0].float() - image.flip(2)[:, ::8, ::8]).abs().max(), 8)
+
+    def test_a_vae_of_diffusers_encodes_and_decodes_or_says_what_to_install(self):
+        with mock.patch.dict(sys.modules, {"diffusers": None}):
+            with self.assertRaisesRegex(tf.UserError, "pip install diffusers"):
+                tf.VAE("any", "cpu")
+        try:
+            from diffusers import AutoencoderKL
+        except ImportError:
+            self.skipTest("the rest needs pip install diffusers")
+        torch.manual_seed(0)
+        net = AutoencoderKL(block_out_channels=(32,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
+                            up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4).eval()  # fmt: skip
+        net.save_pretrained(self.folder / "vae")
+        vae, images = tf.VAE(self.folder / "vae", "cpu"), torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
+        noise = torch.randn(3, 4, 4, 4)
+        with torch.no_grad():
+            posterior = net.encode(tf.to_float(images)).latent_dist
+            latents = (posterior.mean + posterior.std * noise) * 0.18215
+            torch.testing.assert_close(vae.encode(images, noise), latents)
+            self.assertTrue(torch.equal(vae.decode(latents), tf.to_uint8(net.decode(latents / 0.18215).sample)))
+        with self.assertRaisesRegex(tf.UserError, "--vae /nothing: "):
+            tf.VAE("/nothing", "cpu")
+        model = tf.DiT_models["toy"](input_size=4, in_channels=4, num_classes=2, depth=1)
+        tf.save_checkpoint(self.folder / "m.pt", model, {"steps": 2}, ["a", "b"])
+        for more, size in ((["--out", "a.png"], None), (["--npz", "a.npz"], (20, 32, 32, 3))):
+            out = self.folder / more[1]
+            arguments = ["--ckpt", str(self.folder / "m.pt"), "--vae", str(self.folder / "vae"), more[0], str(out)]
+            self.assertEqual(status_and_words(sample.main, arguments)[0], 0)
+            if size:
+                drawn = np.load(out, allow_pickle=False)
+                self.assertEqual((drawn["arr_0"].shape, "steps 2" in str(drawn["settings"])), (size, True))
 
 
 class Training(unittest.TestCase):
@@ -880,7 +1182,7 @@ class Training(unittest.TestCase):
         def learn(steps_before_the_stop=None):
             torch.manual_seed(0)
             state = tf.TrainingState(folder / "a.pt", {}, every=1)
-            batches = tf.image_batches(images, torch.arange(20) % 3, 4, 0, start=state.step)
+            batches = tf.data_batches(data, 4, 0, start=state.step)
             loss_fn = tf.masked_denoising(tf.GaussianDiffusion(), batches)
 
             def on_step(step, metrics):
@@ -891,7 +1193,7 @@ class Training(unittest.TestCase):
                 tiny_dit(), loss_fn, [(1, 2)] * 2, 10, lr=0.01, logits_lr=0.01, state=state, on_step=on_step
             )
 
-        images = torch.randint(256, (20, 1, 8, 8), dtype=torch.uint8)
+        data = tf.ImageSet(torch.randint(256, (20, 1, 8, 8), dtype=torch.uint8), torch.arange(20) % 3, [])
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             whole, history = learn()
@@ -931,6 +1233,96 @@ class Training(unittest.TestCase):
             path.write_bytes(whole[:-100])
             with self.assertRaisesRegex(tf.UserError, "part of one"):
                 tf.TrainingState(path, {"--seed": "0"}, 1)
+
+    def test_parts_of_a_batch_and_two_processes_have_the_gradients_of_the_whole_batch(self):
+        whole, ((*weights,),) = fixed_gradients()
+        with tempfile.TemporaryDirectory() as folder:
+            script = Path(folder) / "script.py"
+            script.write_text(
+                "import sys, torch, tinyfusion as tf, test_tinyfusion as t\n"
+                "with tf.processes():\n"
+                "    found = t.fixed_gradients(int(sys.argv[1]))\n"
+                "    tf.write_file(sys.argv[2], lambda file: torch.save(found, file))\n"
+            )
+            cases = [fixed_gradients(2)]
+            for accumulate in ("1", "2"):
+                done = torchrun(2, script, accumulate, Path(folder) / accumulate)
+                self.assertEqual(done.returncode, 0, done.stderr)
+                cases.append(torch.load(Path(folder) / accumulate, weights_only=True))
+        for found, trained in cases:
+            for step, (ours, theirs) in enumerate(zip(whole, found, strict=True)):
+                for a, b in zip(ours, theirs, strict=True):
+                    torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5 * (1 + step))
+            for process in trained:
+                self.assertTrue(all(torch.equal(a, b) for a, b in zip(trained[0], process)))
+                for a, b in zip(weights, process):
+                    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+        self.assertEqual([len(trained) for _, trained in cases], [1, 2, 2])
+
+    def test_checkpointing_and_compiling_blocks_change_nothing_but_time_and_memory(self):
+        teacher, diffusion = tiny_dit(), tf.GaussianDiffusion()
+        data = tf.toy_digits(40, size=8)
+        data.labels %= 3
+
+        def both(**loop):
+            torch.manual_seed(0)
+            loss_fn = tf.masked_denoising(diffusion, tf.data_batches(data, 8, 0))
+            sampler, _ = tf.learn_layers(teacher, loss_fn, [(1, 2)] * 2, 4, logits_lr=0.01, **loop)
+            student = tf.recover(
+                tf.prune(teacher, [0, 3]), teacher, diffusion, tf.data_batches(data, 8, 0), [(0, 1), (1, 3)], 4, **loop
+            )
+            return [*sampler.parameters(), *student.parameters()]
+
+        plain = both()
+        for a, b in zip(plain, both(checkpointing=True), strict=True):
+            torch.testing.assert_close(a, b)
+        compiled = []  # by a backend that compiles nothing: a C++ compiler may not be there
+        with mock.patch.object(
+            tf.DiTBlock, "compile", lambda block: (compiled.append(block), nn.Module.compile(block, backend="eager"))
+        ):
+            for a, b in zip(plain, both(compile=True), strict=True):
+                torch.testing.assert_close(a, b)
+        self.assertEqual(len(compiled), 6)
+
+    def test_checkpointing_keeps_less_for_the_backward_pass(self):
+        model = tiny_dit(depth=8)
+        t, y = torch.randint(0, 1000, (8,)), torch.zeros(8, dtype=torch.long)
+
+        def forward():
+            return model(torch.randn(8, 1, 8, 8), t, y)
+
+        plain = saved_megabytes(forward, model)
+        tf.tune_blocks(model, checkpointing=True)
+        self.assertLess(saved_megabytes(forward, model), 0.5 * plain)
+
+    def test_training_in_bfloat16_keeps_weights_and_losses_in_float32(self):
+        """What runs on CUDA by default, on the CPU: gradients near those in float32."""
+        teacher, diffusion, data = tiny_dit(), tf.GaussianDiffusion(), tf.toy_digits(40, size=8)
+        data.labels %= 3
+
+        def gradients():
+            torch.manual_seed(0)
+            learner, sampler = copy.deepcopy(teacher), tf.LayerSampler([(1, 2)] * 2)
+            loss_fn, seen = tf.masked_denoising(diffusion, tf.data_batches(data, 8, 0)), []
+
+            def loss(step):
+                losses = [loss_fn(learner, sampler)]
+                student = tf.prune(learner, [0, 3])
+                losses.append(tf.recovery_loss(student, teacher, diffusion, *next(batches), [(0, 1), (1, 3)])[0])
+                seen.extend(loss.dtype for loss in losses)
+                return losses[0], {}
+
+            batches = tf.data_batches(data, 8, 0)
+            params = [*(p for p in learner.parameters() if p.requires_grad), *sampler.parameters()]
+            tf.train(learner, loss, 1, params=params)
+            self.assertEqual(set(seen) | {p.dtype for p in params}, {torch.float32})
+            return torch.cat([p.grad.flatten() for p in params if p.grad is not None])
+
+        exact = gradients()
+        with mock.patch.object(tf, "autocast", lambda *_: torch.autocast("cpu", torch.bfloat16)):
+            rough = gradients()
+        self.assertFalse(torch.equal(exact, rough))
+        self.assertGreater(F.cosine_similarity(exact, rough, dim=0), 0.99)
 
     def test_a_write_that_fails_leaves_the_old_file_and_no_other(self):
         with tempfile.TemporaryDirectory() as folder:
@@ -1079,7 +1471,7 @@ class Laboratory(unittest.TestCase):
         self.model, self.diffusion, self.groups = tiny_dit(), tf.GaussianDiffusion(), [(1, 2)] * 2
         data = tf.toy_digits(60, size=8)
         self.data = tf.ImageSet(data.images, data.labels % 3, ["a", "b", "c"])
-        self.examples = tf.fixed_examples(self.diffusion, self.data.images, self.data.labels, n=48)
+        self.examples = tf.fixed_examples(self.diffusion, self.data, n=48)
         self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
         quick = functools.partial(tf.train_classifier, steps=5)  # any judge will do here
         self.enterContext(mock.patch.object(tf, "train_classifier", quick))
@@ -1098,7 +1490,7 @@ class Laboratory(unittest.TestCase):
         )
 
     def test_fixed_examples_are_always_the_same_and_cover_all_timesteps(self):
-        again = tf.fixed_examples(self.diffusion, self.data.images, self.data.labels, n=48, batch_size=20)
+        again = tf.fixed_examples(self.diffusion, self.data, n=48, batch_size=20)
         for a, b in zip(zip(*self.examples), zip(*again)):
             self.assertTrue(torch.equal(torch.cat(a), torch.cat(b)))
         t = torch.cat([t for _, _, t, _ in again])
@@ -1418,7 +1810,7 @@ class CommandLine(unittest.TestCase):
             (["--out", str(self.folder / "file" / "x")], "cannot be written"),
             (["--data", str(self.folder / "nothing")], "no such folder"),
             (["--data", str(self.folder / "empty")], "class folder"),
-            (["--batch-size", "6000"], "more than the 5000 images"),
+            (["--batch-size", "6000"], "5000 images are too few"),
             (["--nonsense"], "unrecognized"),
             (["--quick"], "--quick goes with --compare"),
             (["--kept", "0,1", "--criterion", "oracle"], "give one of them"),
@@ -1432,6 +1824,78 @@ class CommandLine(unittest.TestCase):
             self.assertEqual((status, words.count("\n")), (2, 1), (arguments, words))
             self.assertIn(reason, words)
         self.assertFalse((self.folder / "run" / "teacher.pt").exists())
+
+    def test_an_official_checkpoint_of_latents_becomes_a_student_and_that_a_shallower_one(self):
+        torch.manual_seed(0)
+        model = tf.DiT_models["toy"](input_size=4, in_channels=4, num_classes=10, depth=8)
+        for p in model.parameters():
+            if p.requires_grad:
+                nn.init.normal_(p, std=0.05)
+        torch.save({"ema": model.state_dict(), "args": argparse.Namespace(lr=1)}, self.folder / "official.pt")
+        rng, out, data = np.random.default_rng(0), self.folder / "d4", self.folder / "data"
+        for path in (data, self.folder / "images"):
+            path.mkdir()
+        np.save(data / "latents.npy", rng.normal(size=(40, 2, 4, 4, 4)).astype(np.float32))
+        np.save(data / "labels.npy", np.arange(40) % 5)
+        for i in range(12):
+            Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(self.folder / "images" / f"{i}.png")
+        torch.jit.script(StandIn()).save(self.folder / "net.pt")
+        flags = [*self.TINY, "--data", str(data), "--vae", "toy", "--inception", str(self.folder / "net.pt")]
+        flags += ["--ref", str(self.folder / "images"), "--measure", "teacher,student", "--accumulate", "2"]
+        with mock.patch.object(tf, "VAE", ToyVAE), contextlib.redirect_stdout(io.StringIO()) as said:
+            with contextlib.redirect_stderr(io.StringIO()) as words:
+                for ckpt, run in ((self.folder / "official.pt", out), (out / "student.pt", self.folder / "d2")):
+                    status = tf.main([*flags, "--ckpt", str(ckpt), "--out", str(run)])
+                    self.assertEqual(status, 0, words.getvalue())
+        for name, weight in tf.load_checkpoint(out / "teacher.pt")[0].state_dict().items():
+            self.assertTrue(torch.equal(weight, model.state_dict()[name]), name)
+        self.assertEqual([len(tf.load_checkpoint(self.folder / r / "student.pt")[0].blocks) for r in ("d4", "d2")], [4, 2])
+        for part in ("| FID | IS |", "sample-steps 2, guidance 1.5", "Features of net.pt", "| student | 4 |"):
+            self.assertIn(part, " ".join(said.getvalue().split()))
+        kept = json.loads((out / "results.json").read_text())["rows"]
+        self.assertEqual((list(kept), math.isfinite(kept["student"]["fid"])), (["teacher", "student"], True))
+        saved = tf.statistics_of(out / "student-statistics.npz")
+        self.assertEqual((saved.content["count"], len(saved.content["features"][0])), (10, 10))
+        with Image.open(out / "samples.png") as picture:
+            self.assertGreater(np.asarray(picture.convert("L")).std(), 5)
+        for wrong, reason in (
+            (["--groups", "3:5"], "do not divide a depth of 8"),
+            (["--model", "DiT-S/2"], "give one of them"),
+            (["--accumulate", "3"], "cannot be cut into 3"),
+            (["--data", str(self.folder / "nothing")], "no such folder"),
+            (["--ref", str(self.folder / "nothing")], "no such file"),
+            (["--inception", ""], "got nothing"),
+            (["--compare", "groups"], "takes no latents"),
+            (["--ckpt", str(data / "labels.npy")], "not a PyTorch file"),
+        ):
+            arguments = [*flags, "--ckpt", str(self.folder / "official.pt"), "--out", str(self.folder / "x"), *wrong]
+            with mock.patch.object(tf, "VAE", ToyVAE):
+                status, words = status_and_words(tf.main, arguments)
+            self.assertEqual((status, words.count("\n"), reason in words), (2, 1, True), words)
+        short = [*self.TINY, "--data", str(data), "--out", str(self.folder / "x")]
+        status, words = status_and_words(tf.main, short)
+        self.assertEqual((status, "--vae, --inception and --ref" in words), (2, True), words)
+        digits = [*self.TINY, "--ckpt", str(self.folder / "official.pt"), "--out", str(self.folder / "x")]
+        self.assertIn("--ckpt is for 10 classes of (4, 4, 4)", status_and_words(tf.main, digits)[1])
+
+    def test_two_processes_run_the_whole_story_and_draw_the_images_of_one(self):
+        run = self.folder / "two"
+        done = torchrun(2, HERE / "tinyfusion.py", *self.TINY, "--out", run, "--save-every", "1")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(done.stdout.count("kept blocks"), 1, "one process speaks")
+        self.assertEqual(
+            {p.name for p in run.iterdir()},
+            {"teacher.pt", "layers.json", "student.pt", "results.json", "log.jsonl", "decisions.png", "samples.png"},
+        )
+        two = json.loads((run / "results.json").read_text())["rows"]
+        (run / "results.json").unlink()
+        self.assertEqual(status_and_words(tf.main, [*self.TINY, "--out", str(run)])[0], 0)
+        one = json.loads((run / "results.json").read_text())["rows"]
+        for name, row in one.items():
+            for key in ("fid", "accuracy", "precision"):
+                self.assertLess(abs(two[name][key] - row[key]), 1e-2 * (1 + row[key]), (name, key))
+        odd = torchrun(2, HERE / "tinyfusion.py", *self.TINY, "--out", run, "--batch-size", "7")
+        self.assertIn("cannot be cut into 2 parts", odd.stderr)
 
     def test_a_diverging_run_says_where_and_keeps_the_weights_from_before(self):
         status, words = status_and_words(tf.main, self.TINY + ["--out", str(self.folder), "--teacher-lr", "1e9"])

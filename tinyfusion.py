@@ -49,6 +49,7 @@ paper; MIT licence.
 
 import argparse
 import collections
+import concurrent.futures
 import contextlib
 import copy
 import functools
@@ -64,15 +65,20 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
+import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 import scipy.linalg
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from PIL import Image, ImageDraw, ImageFont
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
@@ -430,8 +436,8 @@ class GaussianDiffusion:
         return self.losses(model(x_t, t, y), x0, x_t, t, noise)
 
     def losses(self, model_output, x0, x_t, t, noise):
-        """`training_losses` for an output that is already there."""
-        C = x0.shape[1]
+        """`training_losses` for an output that is already there, in float32 whatever the output is in."""
+        C, model_output = x0.shape[1], model_output.float()
         mse = mean_flat((noise - model_output[:, :C]) ** 2)
         if model_output.shape[1] == C:
             return {"mse": mse, "vb": torch.zeros_like(mse), "loss": mse}
@@ -446,7 +452,7 @@ class GaussianDiffusion:
         """Per-example distance (B,) of two models' outputs at the same x_t and t: the mean squared error of the
         predicted noise, plus KL(teacher's step || student's step) in bits per dimension, again for the variance
         alone."""
-        C = x_t.shape[1]
+        C, student_output, teacher_output = x_t.shape[1], student_output.float(), teacher_output.float()
         mse = mean_flat((student_output[:, :C] - teacher_output[:, :C]) ** 2)
         if student_output.shape[1] == C:
             return mse
@@ -703,7 +709,7 @@ def add_lora(model, rank=8, alpha=16.0):
 
 
 def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=16.0, lr=1e-4, logits_lr=1e-3,
-                 tau=(4.0, 0.1), scale=100.0, on_step=None, state=None):
+                 tau=(4.0, 0.1), scale=100.0, on_step=None, **loop):
     """Learn which blocks to keep: optimise the logits of a LayerSampler together with a weight update.
 
     loss_fn(model, sample_mask) draws a batch, calls `mask = sample_mask(batch_size)` for its masks (B, L), and returns
@@ -712,7 +718,8 @@ def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=
     the paper's for DiT-XL, without its EMA: dPhi is thrown away, and nothing would read an average of it.
 
     Works on a copy: `model` and its weights are left as they were. Returns the sampler and its history, a list of
-    (step, keep_probability). on_step, state as in `train`. Raises ValueError for an unknown update, or none possible.
+    (step, keep_probability). on_step and loop, more arguments such as `state`, as in `train`. Raises ValueError for an
+    unknown update, or none possible.
     Source: the paper's joint optimisation of mask and recoverability.
     """
     if update not in ("lora", "full", "frozen"):
@@ -741,7 +748,8 @@ def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=
 
     parameters = [{"params": list(sampler.parameters()), "lr": logits_lr}] + \
         ([{"params": weights, "lr": lr}] if weights else [])
-    train(model, loss, steps, params=parameters, final_lr_ratio=1.0, on_step=after, state=state, record=history)
+    train(model, loss, steps, params=parameters, final_lr_ratio=1.0, find_unused=True, on_step=after, record=history,
+          **loop)
     return sampler, history
 
 
@@ -788,7 +796,8 @@ def prune(model, kept):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def masked_feature_loss(student, teacher, k=2.0):
-    """Mean squared error of two models' hidden states (B, T, D) over the entries where neither is an outlier, a scalar.
+    """Mean squared error of two models' hidden states (B, T, D) over the entries where neither is an outlier: a scalar,
+    the mean over the examples of the mean over an example's entries (so that it can be computed on parts of a batch).
 
     An entry is an outlier where |h - mean(h)| > k * std(h), mean and std over tokens and channels of one example.
     What is left out is in neither the sum nor the gradient. k = inf leaves nothing out: plain feature KD. Raises
@@ -804,7 +813,7 @@ def masked_feature_loss(student, teacher, k=2.0):
 
     both = inlier(student) & inlier(teacher)                                 # (B, T, D)
     difference = torch.where(both, student - teacher.detach(), 0)
-    return difference.float().square().sum() / both.sum().clamp(min=1)
+    return (difference.float().square().sum((1, 2)) / both.sum((1, 2)).clamp(min=1)).mean()
 
 
 def match_blocks(groups, kept):
@@ -846,7 +855,7 @@ def recovery_loss(student, teacher, diffusion, x0, y, pairs, kd="masked", beta=1
         return denoising, {"denoising": denoising}
     with torch.inference_mode(), autocast(x0.device):
         target, target_features = teacher(x_t, t, y, hidden=theirs)
-    distill = diffusion.distillation_losses(out, target.float(), x_t, t).mean()
+    distill = diffusion.distillation_losses(out, target, x_t, t).mean()
     loss, parts = 0.9 * distill + 0.1 * denoising, {"denoising": denoising, "kd": distill}
     if use_features:
         k = k if kd == "masked" else math.inf
@@ -857,11 +866,11 @@ def recovery_loss(student, teacher, diffusion, x0, y, pairs, kd="masked", beta=1
 
 
 def recover(student, teacher, diffusion, batches, pairs, steps, *, kd="masked", beta=1e-2, k=2.0, lr=2e-4,
-            final_lr_ratio=0.5, warmup=0, ema_decay=0.9999, on_step=None, state=None):
+            final_lr_ratio=0.5, warmup=0, ema_decay=0.9999, **loop):
     """Fine-tune a pruned `student`, in place, with its `teacher`; returns the EMA of its weights as a model.
 
-    batches: an iterator of (x0, y). beta falls linearly from its value to 0 over the steps. `kd` as in `recovery_loss`,
-    on_step and state as in `train`.
+    batches: an iterator of (x0, y). beta falls linearly from its value to 0 over the steps. `kd` as in `recovery_loss`;
+    loop: more arguments of `train`, such as on_step and state.
     Defaults are the paper's for DiT-XL (lr 2e-4, cosine to 1e-4). Raises ValueError as `recovery_loss` does."""
     teacher.eval()
     student.train()
@@ -871,8 +880,7 @@ def recover(student, teacher, diffusion, batches, pairs, steps, *, kd="masked", 
         now = beta * (1 - step / max(1, steps - 1))
         return recovery_loss(student, teacher, diffusion, *next(batches), pairs, kd, now, k)
 
-    return train(student, loss, steps, lr=lr, final_lr_ratio=final_lr_ratio, warmup=warmup, ema_decay=ema_decay,
-                 on_step=on_step, state=state)
+    return train(student, loss, steps, lr=lr, final_lr_ratio=final_lr_ratio, warmup=warmup, ema_decay=ema_decay, **loop)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -913,31 +921,42 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 class FeatureStatistics:
-    """Mean and covariance of features that pass by in batches; holds (F,) and (F, F), never the features."""
+    """What is known of a set of images that pass by in batches: the mean (F,) and covariance (F, F) of their features,
+    the features, and the class probabilities; of the images themselves nothing is held."""
 
-    def __init__(self):
-        self.count, self.mean, self._scatter = 0, 0.0, 0.0
+    def __init__(self, content=None):
+        self.content = content or {"count": 0, "mean": 0.0, "scatter": 0.0, "features": [], "p": []}
 
-    def update(self, features):
-        """Add features (B, F). Batches are merged by Chan's formula, in float64, which stays exact far from zero."""
-        features = np.asarray(features, dtype=np.float64)
-        n, mean = len(features), features.mean(0)
-        centred, delta, total = features - mean, mean - self.mean, self.count + n
-        self._scatter = self._scatter + centred.T @ centred + np.outer(delta, delta) * (self.count * n / total)
-        self.mean, self.count = self.mean + delta * (n / total), total
+    def update(self, features, p=None):
+        """Add features (B, F) and class probabilities (B, classes). Means and covariances are merged by Chan's formula,
+        in float64, which stays exact far from zero."""
+        x, now = torch.as_tensor(features).double(), self.content
+        n, mean, total = len(x), x.mean(0), now["count"] + len(x)
+        centred, delta = x - mean, mean - now["mean"]
+        now["scatter"] = now["scatter"] + centred.T @ centred + torch.outer(delta, delta) * (now["count"] * n / total)
+        now["mean"], now["count"] = now["mean"] + delta * (n / total), total
+        now["features"].append(torch.as_tensor(features).float())
+        if p is not None:
+            now["p"].append(torch.as_tensor(p).float())
         return self
+
+    @property
+    def mean(self):
+        return np.asarray(self.content["mean"])
 
     @property
     def covariance(self):
         """The unbiased covariance (F, F), as np.cov gives it."""
-        return self._scatter / max(1, self.count - 1)
+        return np.asarray(self.content["scatter"] / max(1, self.content["count"] - 1))
 
 
-def inception_score(probabilities):
+def inception_score(probabilities, split=5000):
     """exp of the mean KL(p(class | image) || p(class)), from class probabilities (N, classes): 1 where all images look
-    alike, at most the number of classes. Source: arXiv:1606.03498."""
-    p = torch.as_tensor(probabilities, dtype=torch.float64)
-    return float(torch.exp(torch.special.entr(p.mean(0)).sum() - torch.special.entr(p).sum(1).mean()))
+    alike, at most the number of classes. The mean over splits of 5,000 images, as ADM computes it.
+    Source: arXiv:1606.03498."""
+    parts = torch.as_tensor(probabilities, dtype=torch.float64).split(split)
+    entropy = torch.special.entr
+    return float(np.mean([math.exp(entropy(p.mean(0)).sum() - entropy(p).sum(1).mean()) for p in parts]))
 
 
 def precision_recall(real, fake, k=3):
@@ -971,11 +990,14 @@ class Classifier(nn.Module):
             nn.AdaptiveAvgPool2d(min(side, 8)), nn.Flatten(), nn.Linear(64 * min(side, 8) ** 2, features), nn.ReLU())
         self.head = nn.Linear(features, num_classes)
 
-    def features(self, x):
-        return self.body(x)                      # (B, 64)
-
     def forward(self, x):
-        return self.head(self.features(x))       # (B, classes)
+        return self.head(self.body(x))           # (B, classes)
+
+    @torch.no_grad()
+    def look(self, images):
+        """Features (B, 64) and class probabilities (B, classes) of uint8 images (B, C, H, W), on the CPU."""
+        features = self.body(to_float(images).to(next(self.parameters()).device))
+        return features.cpu(), self.head(features).softmax(1).cpu()
 
 
 def train_classifier(data, device, steps=400, batch_size=64, on_step=None):
@@ -983,77 +1005,274 @@ def train_classifier(data, device, steps=400, batch_size=64, on_step=None):
     seed to 0, whatever the run's: models are to be measured with one measure."""
     torch.manual_seed(0)
     held_out = torch.randperm(len(data.labels)) % 10 == 0
-    judge = Classifier(data.images.shape[1], data.images.shape[2], len(data.classes)).to(device)
-    batches = image_batches(data.images[~held_out], data.labels[~held_out], batch_size, seed=0, device=device)
+    judge = Classifier(data.shape[0], data.shape[1], len(data.classes)).to(device)
+    seen = ImageSet(data.images[~held_out], data.labels[~held_out], data.classes)
+    batches = data_batches(seen, batch_size, seed=0, device=device)
 
     def loss(step):
         x, y = next(batches)
         return F.cross_entropy(judge(x), y), {}
 
     train(judge, loss, steps, lr=1e-3, on_step=on_step)
-    with torch.no_grad():
-        found = [judge(to_float(images).to(device)).argmax(1).cpu() for images in data.images[held_out].split(256)]
+    found = [judge.look(images)[1].argmax(1) for images in data.images[held_out].split(256)]
     return judge.eval(), (torch.cat(found) == data.labels[held_out]).double().mean().item()
 
 
-def measure(models, data, judge, diffusion, samples, sampling, seed=0, batch_size=50, label="measure"):
-    """Draw `samples` images with each of `models`, a dict of names and models, from the same noise, labels in the
-    shares of `data`, and compare them with all of `data`. The models take turns batch by batch, so that a busy machine
-    slows all of them alike; images/s is the median batch's. `label` starts the progress line; None: no line. Returns
-    {name: dict of plain numbers}."""
-    device = next(judge.parameters()).device
+def load_inception(path, device):
+    """The network that FID is defined by, a TorchScript file (NVIDIA's port, inception-2015-12-05.pt), as a function
+    like `Classifier.look`: features (B, 2048) and class probabilities of uint8 images (B, 1 or 3, H, W) of any size.
+
+    TorchScript is a program, though not a Python one, and not safe from strangers. Raises UserError where it cannot be
+    read."""
+    try:
+        with warnings.catch_warnings(action="ignore"):           # TorchScript is deprecated, but FID is this file
+            net = torch.jit.load(path, map_location=device).eval()
+    except (ValueError, RuntimeError, OSError) as error:
+        raise UserError(f"--inception {path}: {str(error).splitlines()[0]}; expected a TorchScript file") from None
 
     @torch.no_grad()
     def look(images):
-        features = judge.features(to_float(images).to(device))
-        return features.cpu(), judge.head(features).softmax(1).cpu()
+        x = images.expand(-1, 3, -1, -1).to(device)
+        return net(x, return_features=True).float().cpu(), net(x, no_output_bias=True).float().cpu()
+    return look
 
-    real, real_features = FeatureStatistics(), []
+
+def image_stream(path, batch_size=50):
+    """The number of images in a folder (and its sub-folders) or in the `arr_0` (N, H, W, 3) of an .npz file, and an
+    iterator of batches (B, 1 or 3, H, W) of them, uint8: only a batch is in memory. Raises UserError for no images."""
+    if Path(path).is_dir():
+        files = [p for p in sorted(Path(path).rglob("*")) if p.suffix.lower() in Image.registered_extensions()]
+
+        def whole(file):
+            try:
+                return read_image(file)
+            except Exception as error:           # Pillow's decoders raise all kinds of errors on broken files
+                raise UserError(f"{file}: {str(error) or type(error).__name__}; repair or remove it") from None
+
+        def read():
+            for _, group in itertools.groupby(map(whole, files), key=np.shape):              # one size at a time
+                while batch := list(itertools.islice(group, batch_size)):
+                    x = torch.from_numpy(np.stack(batch))
+                    yield x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2)
+        if files:
+            return len(files), read()
+        raise UserError(f"{path}: no images in this folder")
+    try:
+        entry = zipfile.ZipFile(path).open("arr_0.npy")
+        versions = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        (N, H, W, C), by_columns, dtype = versions[np.lib.format.read_magic(entry)](entry)
+        if by_columns or dtype != np.uint8 or C != 3:
+            raise ValueError(f"its arr_0 is {dtype} {(N, H, W, C)}, expected uint8 (N, H, W, 3)")
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: {error}; expected a folder of images, or an .npz file with arr_0 or with mu and "
+                        "sigma") from None
+
+    def read():
+        for start in range(0, N, batch_size):
+            n = min(batch_size, N - start)
+            x = np.frombuffer(entry.read(n * H * W * C), np.uint8).reshape(n, H, W, C)
+            yield torch.from_numpy(x.copy()).permute(0, 3, 1, 2)
+    return N, read()
+
+
+def statistics_of(path, look=None, label=None):
+    """FeatureStatistics of the images in a folder or .npz file, seen through `look`; of an .npz file with `mu` and
+    `sigma` these are taken as they are (ADM's reference batches have them, of all of ImageNet, and `arr_0`, 10,000 of
+    its images, for precision and recall), and `features` and `p` where it was written by `save_statistics`. Raises
+    UserError for a file that has none of these, and where images need a `look`."""
+    saved = {}
+    if Path(path).suffix == ".npz" and Path(path).is_file():
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                saved = {name: file[name] for name in ("mu", "sigma", "count", "features", "p") if name in file.files}
+                images = "arr_0" in file.files
+        except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+            raise UserError(f"{path}: {error}; expected an .npz file with arr_0, or with mu and sigma") from None
+    stats = FeatureStatistics()
+    if not {"mu", "sigma"} <= saved.keys() or (images and look):
+        if not look:
+            raise UserError(f"{path}: to look at images, --inception FILE is needed")
+        N, batches = image_stream(path)
+        report, done = progress(label or Path(path).name, N, unit="images"), 0
+        for batch in batches:
+            stats.update(*look(batch))
+            done += len(batch)
+            report(done - 1, {})
+    if {"mu", "sigma"} <= saved.keys():
+        count = int(saved.get("count", 0)) or 2          # where it is not told, any number serves
+        stats.content |= {"count": count, "mean": torch.from_numpy(saved["mu"]).double(),
+                          "scatter": torch.from_numpy(saved["sigma"]).double() * (count - 1)}
+        for name in ("features", "p"):
+            stats.content[name] += [torch.from_numpy(saved[name])] if name in saved else []
+    return stats
+
+
+def statistics_of_data(data, look):
+    """FeatureStatistics of all of an ImageSet."""
+    stats = FeatureStatistics()
     for images in data.images.split(256):
-        real_features.append(look(images)[0])
-        real.update(real_features[-1])
-    labels = data.labels.sort().values[torch.linspace(0, len(data.labels) - 1, samples).long()]
-    draw = functools.partial(sample_images, diffusion=diffusion, shape=data.images.shape[1:], seed=seed)
-    seen = {name: {"stats": FeatureStatistics(), "features": [], "p": [], "seconds": []} for name in models}
+        stats.update(*look(images))
+    return stats
+
+
+def spread_labels(data, n):
+    """n labels, (n,), sorted, each as often as its share of the data is."""
+    return data.labels.sort().values[torch.linspace(0, len(data.labels) - 1, n).long()]
+
+
+def save_statistics(path, stats):
+    """FeatureStatistics as an .npz file, which `statistics_of` reads; `mu` and `sigma` are for other programs too."""
+    more = {name: torch.cat(stats.content[name]).numpy() for name in ("features", "p") if stats.content[name]}
+    write_file(path, lambda file: np.savez(file, mu=stats.mean, sigma=stats.covariance, count=stats.content["count"],
+                                           **more))
+
+
+def compare_statistics(fake, real, device="cpu"):
+    """How far the FeatureStatistics `fake` are from `real`: a dict of `fid` and, where features and probabilities are
+    there, `is`, `precision` and `recall`. Of the real ones no more count for the latter two than there are fakes: a
+    denser set has smaller balls, which would favour the other. Raises ValueError where features differ in size."""
+    row = {"fid": frechet_distance(real.mean, real.covariance, fake.mean, fake.covariance)}
+    if fake.content["p"]:
+        row["is"] = inception_score(torch.cat(fake.content["p"]))
+    if fake.content["features"] and real.content["features"]:
+        ours, theirs = (torch.cat(stats.content["features"]).to(device) for stats in (fake, real))
+        some = torch.linspace(0, len(theirs) - 1, min(len(theirs), len(ours))).long()
+        row["precision"], row["recall"] = precision_recall(theirs[some.to(device)], ours)
+    return row
+
+
+def measure(models, labels, shape, look, real, diffusion, sampling, decode, *, seed=0, batch_size=50, label="measure",
+            state=None):
+    """Draw an image of each of `labels` (N,) with each of `models`, a dict of names and models, from the same noise,
+    and compare them with the FeatureStatistics `real` by what look(images) sees in them, features and probabilities.
+
+    shape: (C, H, W) of what is drawn; decode makes uint8 images of it. The models take turns batch by batch, so that a
+    busy machine slows all of them alike; images/s is the median batch's. Several processes share every batch. `label`
+    starts the progress line; None: no line. state: a TrainingState, whose steps are here batches, to go on from.
+    Returns {name: dict of plain numbers} and {name: FeatureStatistics}. Raises ValueError where batches have fewer
+    images than there are processes."""
+    device = next(iter(models.values())).pos_embed.device
+    if min(batch_size, len(labels) % batch_size or batch_size) < world_size():
+        raise ValueError(f"{len(labels)} images in batches of {batch_size} do not feed {world_size()} processes")
+
+    def order_of(index):                         # from each process's share after the other's to the order of images
+        return torch.cat([torch.arange(len(index))[r::world_size()] for r in range(world_size())]).argsort()
+
+    draw = functools.partial(sample_images, diffusion=diffusion, shape=shape, seed=seed, decode=decode)
     for model in models.values():                # warm up before the clock runs
         draw(model, labels=labels[:batch_size].to(device), indices=range(batch_size), sampling=sampling | {"steps": 2})
-    turns = list(itertools.product(torch.arange(samples).split(batch_size), models))
-    report = progress(label, len(turns)) if label else lambda *_: None
-    for turn, (index, name) in enumerate(turns):
-        start = time.perf_counter()
-        images = draw(models[name], labels=labels[index].to(device), indices=index.tolist(), sampling=sampling)
-        seen[name]["seconds"].append((time.perf_counter() - start) / len(index))
-        features, p = look(images)
-        seen[name]["stats"].update(features)
-        seen[name]["features"].append(features)
-        seen[name]["p"].append(p)
-        report(turn, {})
-    rows = {}
-    for name, s in seen.items():
-        p, n = torch.cat(s["p"]), min(len(data.labels), samples, 10_000)
-        # Both manifolds from as many points: a denser set has smaller balls, which would favour the other.
-        of_real, of_fake = (all_[torch.linspace(0, len(all_) - 1, n).long()]
-                            for all_ in (torch.cat(real_features), torch.cat(s["features"])))
-        precision, recall = precision_recall(of_real, of_fake)
-        rows[name] = {
-            "depth": len(models[name].blocks), "parameters": sum(w.numel() for w in models[name].parameters()),
-            "toy_fid": frechet_distance(real.mean, real.covariance, s["stats"].mean, s["stats"].covariance),
-            "toy_is": inception_score(p), "accuracy": (p.argmax(1) == labels).double().mean().item(),
-            "precision": precision, "recall": recall, "images_per_second": 1 / float(np.median(s["seconds"]))}
-    return rows
+    turns = list(itertools.product(torch.arange(len(labels)).split(batch_size), models))
+    first = state.step if state else 0
+    stats = {name: FeatureStatistics(state.content["stats"][name] if first else None) for name in models}
+    seconds = state.content["seconds"] if first else {name: [] for name in models}
+    report = progress(label, len(turns), unit="batches", first=first) if label else lambda *_: None
+    with stop_requests() if state else contextlib.nullcontext() as asked:
+        for turn, (index, name) in enumerate(turns[first:], first):
+            start, mine = time.perf_counter(), index[rank()::world_size()]
+            images = draw(models[name], labels=labels[mine].to(device), indices=mine.tolist(), sampling=sampling)
+            features, p = (torch.cat(parts)[order_of(index)] for parts in zip(*gather(look(images))))
+            stats[name].update(features, p)
+            seconds[name].append((time.perf_counter() - start) / len(index))
+            report(turn, {})
+            stop = average(torch.tensor(float(bool(asked)))).item() > 0
+            if state and (stop or (turn + 1) * sampling["steps"] % state.every < sampling["steps"]):
+                state.save(turn + 1, stats={name: s.content for name, s in stats.items()}, seconds=seconds)
+            if stop:
+                raise KeyboardInterrupt
+    return {name: {"depth": len(model.blocks), "parameters": sum(w.numel() for w in model.parameters()),
+                   **compare_statistics(stats[name], real, device),
+                   "images_per_second": 1 / float(np.median(seconds[name]))} for name, model in models.items()}, stats
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Chapter 7. Data
 #
-# Images are uint8 tensors (N, C, H, W) until a batch is made; the models see them in [-1, 1].
+# Small images are uint8 tensors (N, C, H, W) until a batch is made; the models see them in [-1, 1]. Large ones are
+# first made smaller by an autoencoder (VAE), which turns 256x256 pixels into a latent of 32x32 numbers in 4 channels;
+# the diffusion model draws latents, and the VAE makes pictures of them. All images are encoded once, into one file,
+# from which batches are read while a run goes on. Both kinds of data offer the same: `labels`, `classes`, the `shape`
+# of an example, `read` for a batch of them, and `describe` to know them again.
 # ---------------------------------------------------------------------------------------------------------------------
 
 class ImageSet:
     """images (N, C, H, W) uint8, labels (N,) int64, and the names of the classes, label by label."""
+    latent = False
 
     def __init__(self, images, labels, classes):
-        self.images, self.labels, self.classes = images, labels, classes
+        self.images, self.labels, self.classes, self.shape = images, labels, classes, tuple(images.shape[1:])
+
+    def read(self, index, mirrored):
+        """Examples (B, C, H, W) number index (B,). Never mirrored: a digit would be another one, or none."""
+        return to_float(self.images[index])
+
+    def describe(self):
+        checksum = zlib.crc32(self.images.numpy(), zlib.crc32(self.labels.numpy()))
+        return f"{len(self.labels)} images, checksum {checksum:08x}"
+
+
+class LatentSet:
+    """Latents that are read when they are needed. latents: a sequence of N arrays (2, C, H, W), of an image and of its
+    mirror image; labels (N,) int64."""
+    latent = True
+
+    def __init__(self, latents, labels):
+        self.latents, self.labels, self.shape = latents, labels, tuple(latents[0].shape[1:])
+        self.classes = [str(label) for label in range(int(labels.max()) + 1)]
+
+    def read(self, index, mirrored):
+        """Latents (B, C, H, W) number index (B,), of the mirror image where mirrored (B,) is 1."""
+        pairs = zip(index.tolist(), mirrored.tolist())
+        return torch.from_numpy(np.stack([self.latents[i][m] for i, m in pairs])).float()
+
+    def describe(self):
+        ends = b"".join(np.ascontiguousarray(self.latents[i]).tobytes() for i in (0, len(self.labels) - 1))
+        checksum = zlib.crc32(ends, zlib.crc32(self.labels.numpy()))         # all of them would take minutes
+        return f"{len(self.labels)} latents, checksum of labels, first and last {checksum:08x}"
+
+
+class NpyFiles:
+    """The arrays of the files 0.npy, 1.npy ... of a folder, each read when it is asked for."""
+
+    def __init__(self, folder):
+        self.paths = sorted((p for p in Path(folder).glob("*.npy") if p.stem.isdecimal()), key=lambda p: int(p.stem))
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        return load_array(self.paths[i])
+
+
+def load_array(path, mmap_mode=None):
+    """np.load without pickles. Raises UserError for a file that is missing, torn or foreign."""
+    try:
+        return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: {error}; expected a whole .npy file") from None
+
+
+def open_data(folder, size):
+    """The data in a folder: a LatentSet of `latents.npy` (N, 2, C, H, W) and `labels.npy` (N,), or of the public
+    TinyFusion layout, `imagenet256_features/{i}.npy` (2, C, H, W) and `imagenet256_labels/{i}.npy` (1,); or else an
+    ImageSet of side `size`. Raises UserError where it is none of them, or only half of one."""
+    folder = Path(folder)
+    if (folder / "latents.npy").exists():
+        latents, labels = load_array(folder / "latents.npy", "r"), load_array(folder / "labels.npy")
+    elif (folder / "imagenet256_features").is_dir():
+        latents, files = NpyFiles(folder / "imagenet256_features"), NpyFiles(folder / "imagenet256_labels")
+        report, labels = progress("labels", len(files), unit="files"), np.zeros((len(files), 1), np.int64)
+        for i in range(len(files)):
+            labels[i] = files[i]
+            report(i, {})
+    else:
+        return image_folder(folder, size)
+    one = latents[0] if len(latents) else np.zeros(())
+    if len(latents) != len(labels) or one.ndim != 4 or one.shape[0] != 2 or one.shape[2] != one.shape[3]:
+        raise UserError(f"--data {folder}: {len(latents)} latents {one.shape} and {len(labels)} labels; expected as "
+                        "many of both, latents being (2, channels, side, side)")
+    if labels.dtype.kind not in "iu" or labels.size != len(labels) or labels.min() < 0:
+        raise UserError(f"--data {folder}: labels {labels.dtype} {labels.shape}; expected one whole number per latent")
+    return LatentSet(latents, torch.from_numpy(labels.reshape(-1).astype(np.int64)))
 
 
 def to_float(images):
@@ -1096,32 +1315,29 @@ def center_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
-def image_folder(folder, size, at_least=1):
-    """An ImageSet of a folder with one sub-folder per class, sorted by name: grey if every image is grey, else RGB.
-
-    A file that is no whole image is named on stderr, counted and skipped. Raises UserError where there is no class
-    folder, a class has no image, or there are fewer than `at_least` images."""
+def class_files(folder):
+    """The names of the classes, sorted, and [(path, label), ...] of the files, of a folder with one sub-folder per
+    class (the ImageFolder convention). Raises UserError where there is none."""
     root = Path(folder)
     if not root.is_dir():
-        raise UserError(f"--data {folder}: no such folder; expected one with a sub-folder of images per class")
+        raise UserError(f"{folder}: no such folder; expected one with a sub-folder of images per class")
     classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
-        raise UserError(f"--data {folder}: no class folders in it; expected one sub-folder of images per class")
-    images, labels, broken = [], [], 0
-    for label, name in enumerate(classes):
-        for path in sorted(p for p in (root / name).rglob("*") if p.is_file() and not p.name.startswith(".")):
-            try:
-                images.append(read_image(path, size))
-                labels.append(label)
-            except Exception as error:           # Pillow's decoders raise all kinds of errors on broken files
-                broken += 1
-                print(f"skipped {path}: {str(error) or type(error).__name__}", file=sys.stderr)
-        if label not in labels[-1:]:             # labels end with that of the last image read
-            raise UserError(f"--data {folder}: no readable image in class folder {name!r}; add some or remove it")
-    if broken:
-        print(f"skipped {broken} broken files of {broken + len(images)}", file=sys.stderr)
-    if len(images) < at_least:
-        raise UserError(f"--data {folder}: {len(images)} images, too few; expected at least {at_least}")
+        raise UserError(f"{folder}: no class folders in it; expected one sub-folder of images per class")
+    return classes, [(path, label) for label, name in enumerate(classes) for path in sorted((root / name).rglob("*"))
+                     if path.is_file() and not path.name.startswith(".")]
+
+
+def image_folder(folder, size):
+    """An ImageSet of a folder as in `class_files`: grey if every image is grey, else RGB. A file that is no whole image
+    is named on stderr, counted and skipped. Raises UserError where a class has no image."""
+    classes, files = class_files(folder)
+    found = [(image, label) for path, label in files if (image := read_or_skip(path, size)) is not None]
+    if len(found) < len(files):
+        print(f"skipped {len(files) - len(found)} broken files of {len(files)}", file=sys.stderr)
+    images, labels = [image for image, _ in found], [label for _, label in found]
+    for label in set(range(len(classes))) - set(labels):
+        raise UserError(f"{folder}: no readable image in class folder {classes[label]!r}; add some or remove it")
     channels = 1 if all(image.ndim == 2 for image in images) else 3
     pixels = np.empty((len(images), channels, size, size), np.uint8)
     for i, image in enumerate(images):
@@ -1129,26 +1345,133 @@ def image_folder(folder, size, at_least=1):
     return ImageSet(torch.from_numpy(pixels), torch.tensor(labels), classes)
 
 
-def read_image(path, size):
-    """One image file as a uint8 array, (size, size) if it is grey, else (size, size, 3)."""
+def read_or_skip(path, size):
+    """`read_image`, or None, and a line on stderr, where that fails."""
+    try:
+        return read_image(path, size)
+    except Exception as error:                   # Pillow's decoders raise all kinds of errors on broken files
+        print(f"skipped {path}: {str(error) or type(error).__name__}", file=sys.stderr)
+
+
+def read_image(path, size=None):
+    """One image file as a uint8 array, (H, W) if it is grey, else (H, W, 3); with a `size`, cropped to that square."""
     with Image.open(path) as image:
         if image.mode.startswith("I;16"):        # 16 bits a pixel: Pillow's own conversion would clip, not scale
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode in ("I", "F"):
             raise ValueError(f"pixels of mode {image.mode} have no known range; expected 8 or 16 bits")
-        return np.asarray(center_crop(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"), size))
+        image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+        return np.asarray(center_crop(image, size) if size else image)
 
 
-def image_batches(images, labels, batch_size, seed, device="cpu", start=0):
-    """Endless batches (x, y), x (B, C, H, W) in [-1, 1], in a new order every epoch. A step's batch depends on the
-    seed and the number of the step, not on the steps before it: a run can go on from any step `start`."""
-    per_epoch = max(1, len(images) // batch_size)
-    for epoch in itertools.count(start // per_epoch):
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
-        for i in range(start % per_epoch, per_epoch):
-            index = order[i * batch_size:(i + 1) * batch_size]
-            yield to_float(images[index]).to(device), labels[index].to(device)
-        start = 0
+def data_batches(data, batch_size, seed, device="cpu", start=0, parts=1, part=0, processes=1):
+    """Endless batches (x, y), x (B, C, H, W) and y (B,), in a new order every epoch; of latents, those of a random half
+    are of the mirror image. A step's batch depends on the seed and the number of the step, not on the steps before it:
+    a run can go on from any step `start`. With `parts` or `processes`, every batch is cut into parts * processes
+    smaller ones, and this process, number `part`, gets `parts` of them, one after the other. A thread reads ahead where
+    data come from a disk."""
+    def read():
+        first, N = start, len(data.labels)
+        per_epoch = max(1, N // batch_size)
+        for epoch in itertools.count(first // per_epoch):
+            random = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+            order, mirrored = torch.randperm(N, generator=random), torch.randint(2, (N,), generator=random)
+            for i in range(first % per_epoch, per_epoch):
+                batch = order[i * batch_size:(i + 1) * batch_size]
+                for share in range(parts):
+                    index = batch[part + processes * share::processes * parts]
+                    yield data.read(index, mirrored[index]).to(device), data.labels[index].to(device)
+            first = 0
+
+    if not data.latent:
+        yield from read()
+    with concurrent.futures.ThreadPoolExecutor(1) as reader:
+        source = read()
+        coming = reader.submit(next, source)
+        while True:
+            batch = coming.result()
+            coming = reader.submit(next, source)
+            yield batch
+
+
+class VAE:
+    """The autoencoder of latent models, by the package diffusers: images (B, 3, H, W), uint8, to latents (B, C, h, w)
+    and back. name: of a model on Hugging Face, or a folder. Raises UserError where the package or the model is missing,
+    and loads safetensors only."""
+
+    def __init__(self, name, device):
+        try:
+            from diffusers import AutoencoderKL
+        except ImportError:
+            raise UserError("--vae needs the package diffusers: pip install diffusers") from None
+        try:
+            self.net = AutoencoderKL.from_pretrained(name, use_safetensors=True, low_cpu_mem_usage=False)
+            self.net.to(device).eval()
+        except Exception as error:               # of the network, the disk, the configuration, the weights
+            raise UserError(f"--vae {name}: {' '.join(str(error).split())[:300]}") from None
+        self.device, self.scale = device, self.net.config.scaling_factor     # 0.18215: latents of about unit variance
+
+    @torch.inference_mode()
+    def encode(self, images, noise):
+        """A draw from the VAE's posterior, with noise (B, C, h, w), as DiT was trained on."""
+        posterior = self.net.encode(to_float(images).to(self.device)).latent_dist
+        return ((posterior.mean + posterior.std * noise) * self.scale).cpu()
+
+    @torch.inference_mode()
+    def decode(self, latents):
+        return torch.cat([to_uint8(self.net.decode(x / self.scale).sample).cpu() for x in latents.split(8)])
+
+
+def encode_images(folder, size, vae, out, settings, batch_size=16, every=50):
+    """Write `latents.npy` (N, 2, C, h, w), of every image and its mirror image, and `labels.npy` into `out`, from a
+    folder as in `class_files`. Broken images are skipped. Every `every` batches, on Ctrl-C and on SIGTERM the state is
+    saved, and the next call with the same `settings` goes on from there. Raises UserError for other ones."""
+    (classes, files), part, state = class_files(folder), out / "latents.npy.part", out / "encode-state.json"
+    names = "\n".join(f"{path} {label}" for path, label in files).encode()
+    settings = settings | {"files": f"{len(files)}, checksum {zlib.crc32(names):08x}"}
+    content = made_with(state, settings, "done") if state.exists() else {"done": 0, "skipped": []}
+    first, skipped = content["done"], content["skipped"]
+    shape = vae.encode(torch.zeros(1, 3, size, size, dtype=torch.uint8), 0).shape[1:]
+
+    def header(file, n):                         # numpy leaves room in it for n to grow
+        file.seek(0)
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (n, 2, *shape)})
+
+    with open(part, "r+b" if first else "wb") as file, concurrent.futures.ThreadPoolExecutor() as readers, \
+            stop_requests() as asked:
+        header(file, 0)
+        row = 2 * 4 * math.prod(shape)
+        file.seek((first - len(skipped)) * row, os.SEEK_CUR)
+        file.truncate()                          # what came after the last save
+        report = progress("encode", len(files), unit="images", first=first)
+        turns = list(range(first, len(files), batch_size))
+        for turn, start in enumerate(turns, 1):
+            numbers = range(start, min(start + batch_size, len(files)))
+            images = list(readers.map(lambda i: read_or_skip(files[i][0], size), numbers))
+            skipped += [i for i, image in zip(numbers, images) if image is None]
+            good = [(i, image if image.ndim == 3 else np.stack([image] * 3, 2))
+                    for i, image in zip(numbers, images) if image is not None]
+            if good:
+                x = torch.from_numpy(np.stack([image for _, image in good])).permute(0, 3, 1, 2)
+                pairs = torch.stack([x, x.flip(3)], 1).flatten(0, 1)         # an image and its mirror image in turn
+                noise = noise_source([2 * i + m for i, _ in good for m in (0, 1)], shape, 0, vae.device)
+                file.write(vae.encode(pairs, noise()).numpy().astype("<f4").tobytes())
+            report(numbers[-1], {})
+            if asked or turn % every == 0 or turn == len(turns):
+                file.flush()
+                os.fsync(file.fileno())
+                now = {"settings": settings, "done": numbers[-1] + 1, "skipped": skipped}
+                write_file(state, lambda file: file.write(json.dumps(now).encode()))
+            if asked:
+                raise KeyboardInterrupt
+        labels = np.delete(np.array([label for _, label in files], np.int64), skipped)
+        header(file, len(labels))
+        file.flush()
+        os.fsync(file.fileno())
+    write_file(out / "labels.npy", lambda file: np.save(file, labels))
+    os.replace(part, out / "latents.npy")
+    state.unlink()
+    print(f"{len(labels)} images of {len(classes)} classes, {len(skipped)} skipped: {out / 'latents.npy'}, labels.npy")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1158,7 +1481,77 @@ def image_batches(images, labels, batch_size, seed, device="cpu", start=0):
 # moving average (EMA) of the weights, from which images are drawn. A long run can be stopped, even killed, at any
 # moment and continued: all that the next step depends on is written to a file now and then, and a step's batch depends
 # on its number alone. On a CPU such a run ends bit for bit where one that was never stopped ends.
+#
+# Several GPUs: torchrun starts the whole program once per GPU. Every process takes its share of the rows of every
+# batch; DistributedDataParallel (DDP) averages the gradients, of weights, LoRA and logits alike, so that all processes
+# take the same step; and process 0 writes the files. Parts of a batch, one after the other (`accumulate`), fit a large
+# batch on a small card. The gradient is the same however a batch is cut, given the same random numbers.
 # ---------------------------------------------------------------------------------------------------------------------
+
+def rank():
+    """The number of this process among those that torchrun started; 0 where there is one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(value):
+    """A list of what every process has as `value`, tensors on the CPU or plain data, in the order of their numbers."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def average(number):
+    """The mean over all processes of a tensor that has one number in each."""
+    if world_size() > 1:
+        number = number.detach().clone()
+        dist.all_reduce(number)
+    return number / world_size()
+
+
+@contextlib.contextmanager
+def processes():
+    """A context in which the processes that torchrun started know one another. One process needs nothing."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()                    # NCCL for what is on GPUs, gloo for what is not
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if rank() else sys.stdout):
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+class Objective(nn.Module):
+    """A loss_fn as a module that holds the weights it trains, wherever they are in use (the logits of a mask are in no
+    model): what DDP can wrap."""
+
+    def __init__(self, loss_fn, weights):
+        super().__init__()
+        self.loss_fn, self.weights = loss_fn, nn.ParameterList(weights)
+
+    def forward(self, step):
+        return self.loss_fn(step)
+
+
+def tune_blocks(model, compile=False, checkpointing=False):
+    """Make the blocks of a model run otherwise, in place, with the same results up to rounding. compile: by
+    torch.compile, a slow start and faster steps. checkpointing: keep for the backward pass only what goes into a block,
+    and run it again there, which takes a third more time and far less memory (arXiv:1604.06174)."""
+    for block in getattr(model, "blocks", ()):
+        if checkpointing:
+            block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+        if compile:
+            block.compile()
+
 
 class NonFiniteLoss(Exception):
     """Training met a loss or gradient that is not finite. `model` holds the weights from before that step (their EMA,
@@ -1181,15 +1574,19 @@ class TrainingState:
         self.step = self.content["step"]
 
     def save(self, step, **parts):
-        content = {"settings": self.settings, "step": step, "rng": torch.get_rng_state(), **parts}
-        if torch.cuda.is_available():
-            content["cuda_rng"] = torch.cuda.get_rng_state_all()
+        rng = gather((torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None))
+        content = {"settings": self.settings, "step": step, "rng": rng, **parts}
         write_file(self.path, lambda file: torch.save(content, file))
 
     def restore_rng(self):
-        torch.set_rng_state(self.content["rng"])
-        if "cuda_rng" in self.content:
-            torch.cuda.set_rng_state_all(self.content["cuda_rng"])
+        """Go on with the saved random numbers; where the processes are now more or fewer, with new ones."""
+        if len(self.content["rng"]) != world_size():
+            torch.manual_seed(1_000_003 * (self.step + 1) + rank())
+            return
+        on_cpu, on_gpu = self.content["rng"][rank()]
+        torch.set_rng_state(on_cpu)
+        if on_gpu is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(on_gpu)
 
 
 @contextlib.contextmanager
@@ -1199,7 +1596,7 @@ def stop_requests():
     asked = []
 
     def ask(number, frame):
-        if asked:
+        if asked and world_size() == 1:          # torchrun passes on a signal that the processes have had already
             raise KeyboardInterrupt
         asked.append(number)
 
@@ -1213,11 +1610,14 @@ def stop_requests():
 
 
 def train(model, loss_fn, steps, *, params=None, lr=1e-4, final_lr_ratio=1.0, warmup=0, clip=1.0,
-          ema_decay=None, on_step=None, state=None, record=None):
+          ema_decay=None, accumulate=1, compile=False, checkpointing=False, find_unused=False, on_step=None, state=None,
+          record=None):
     """Take `steps` steps of AdamW (no weight decay, gradients clipped to norm `clip`) on `model`, in place.
 
-    loss_fn(step) returns the loss, a scalar, and a dict of more numbers to report. params: parameters or groups of
-    them with rates of their own, by default all that require gradients. The rate rises linearly over `warmup` steps
+    loss_fn(step) returns the loss, a scalar, and a dict of more numbers to report; it is called `accumulate` times a
+    step, for as many parts of a batch, and under `autocast`. params: parameters or groups of them with rates of their
+    own, by default all that require gradients. compile and checkpointing as in `tune_blocks`; find_unused: a step may
+    leave some of params without a gradient, which DDP must look for. The rate rises linearly over `warmup` steps
     and falls along a cosine to `final_lr_ratio` times itself (1: constant). on_step(step, metrics) hears of every
     step. state: a TrainingState to go on from and to save to, with `record`, a list of plain data that grows along;
     loss_fn must then start with the batch of step `state.step`. Returns the exponential moving average of the model if
@@ -1227,6 +1627,8 @@ def train(model, loss_fn, steps, *, params=None, lr=1e-4, final_lr_ratio=1.0, wa
     params = list(params or [p for p in model.parameters() if p.requires_grad])
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0, fused=True)
     weights = [p for group in optimizer.param_groups for p in group["params"]]
+    if world_size() > 1:                         # from here on all processes have the weights of the first
+        loss_fn = DistributedDataParallel(Objective(loss_fn, weights), find_unused_parameters=find_unused)
 
     def rate(step):
         cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -1234,13 +1636,14 @@ def train(model, loss_fn, steps, *, params=None, lr=1e-4, final_lr_ratio=1.0, wa
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
 
-    def average(averaged, current, n):
+    def ema_step(averaged, current, n):
         # The decay warms up, so that a short run's average is not mostly its first step: with a constant 0.99, that
         # step would keep 0.99^99 = 37 % of the average after 100 steps.
         get_ema_multi_avg_fn(min(ema_decay, (1 + n.item()) / (10 + n.item())))(averaged, current, n)
 
-    ema = AveragedModel(model, multi_avg_fn=average) if ema_decay else None
+    ema = AveragedModel(model, multi_avg_fn=ema_step) if ema_decay else None
     result = ema.module if ema else model
+    tune_blocks(model, compile, checkpointing)               # the average has copies of the blocks as they were
     first = state.step if state else 0
     if first:
         for weight, saved in zip(weights, state.content["weights"], strict=True):
@@ -1254,10 +1657,16 @@ def train(model, loss_fn, steps, *, params=None, lr=1e-4, final_lr_ratio=1.0, wa
         state.restore_rng()
     with stop_requests() if state else contextlib.nullcontext() as asked:
         for step in range(first, steps):
-            loss, metrics = loss_fn(step)
             optimizer.zero_grad()
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(weights, clip)
+            loss = 0.0
+            for part in range(accumulate):
+                apart = world_size() > 1 and part + 1 < accumulate           # the gradients are averaged once a step
+                with loss_fn.no_sync() if apart else contextlib.nullcontext():
+                    with autocast(weights[0].device):
+                        part_loss, metrics = loss_fn(step)
+                    (part_loss / accumulate).backward()
+                loss += part_loss.detach() / accumulate
+            loss, norm = average(loss), nn.utils.clip_grad_norm_(weights, clip)
             if not math.isfinite(loss.item() + norm.item()):
                 raise NonFiniteLoss(step, loss.item(), norm.item(), result)
             optimizer.step()
@@ -1266,10 +1675,11 @@ def train(model, loss_fn, steps, *, params=None, lr=1e-4, final_lr_ratio=1.0, wa
             schedule.step()
             if ema:
                 ema.update_parameters(model)
-            if state and (asked or (step + 1) % state.every == 0):
+            stop = average(loss.new_tensor(float(bool(asked)))).item() > 0   # whichever process was asked
+            if state and (stop or (step + 1) % state.every == 0):
                 state.save(step + 1, weights=[weight.data for weight in weights], optimizer=optimizer.state_dict(),
                            schedule=schedule.state_dict(), ema=ema.state_dict() if ema else None, record=record)
-            if asked:
+            if stop:
                 raise KeyboardInterrupt
     return result.eval()
 
@@ -1290,10 +1700,10 @@ def progress(label, steps, log_file=None, unit="steps", first=0):
         speed = (done - first) / (time.perf_counter() - start)
         loss = f"  loss {sum(losses) / len(losses):.4f}" if losses else ""
         line = f"{label:8} {done}/{steps}{loss}  {speed:.3g} {unit}/s  {(steps - done) / speed:.0f} s left"
-        if live or done == steps or done // every % 10 == 0:
+        if rank() == 0 and (live or done == steps or done // every % 10 == 0):
             end = "" if live and done < steps else "\n"
             print(f"\r{line:<79}" if live else line, end=end, file=sys.stderr, flush=True)
-        if log_file:
+        if log_file and rank() == 0:
             numbers = {name: torch.as_tensor(value).item() for name, value in metrics.items()}
             numbers |= {"loss": sum(losses) / len(losses), "steps_per_s": speed}
             with open(log_file, "a") as file:
@@ -1321,8 +1731,12 @@ def open_folder(path):
 
 
 def write_file(path, write):
-    """Call write(file) on a new binary file and put it at `path` only when it is complete and on the disk."""
+    """Call write(file) on a new binary file and put it at `path` only when it is complete and on the disk. Of several
+    processes, all of which must call this, the first writes while the others wait."""
     path = Path(path)
+    if rank() > 0:
+        gather(None)
+        return
     folder, prefix = open_folder(path.parent), f".{path.name}."
     for torn in folder.glob(glob.escape(prefix) + "*"):          # a process killed while it wrote could not clean up
         torn.unlink(missing_ok=True)
@@ -1337,6 +1751,7 @@ def write_file(path, write):
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+    gather(None)
 
 
 def save_checkpoint(path, model, sampling, classes, **more):
@@ -1350,12 +1765,21 @@ def read_checkpoint(path, expected=("ema", "config", "sampling", "classes")):
     """The content of a file written by `save_checkpoint`, a dict with at least the entries `expected`. It is read as
     data; nothing in it is run.
 
-    Raises UserError, in one line, for a file that is missing, torn, foreign, or a pickle that would run code."""
+    Raises UserError, in one line, for a file that is missing, torn, foreign, or a pickle that would run code. A file
+    named .safetensors is read by that package, where it is there."""
     try:
+        if Path(path).suffix == ".safetensors":
+            try:
+                from safetensors.torch import load_file
+            except ImportError:
+                raise UserError(f"checkpoint {path} needs the package safetensors: pip install safetensors") from None
+            return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):         # the `args` of official training runs
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise UserError(f"checkpoint {path}: {error.strerror}") from None
+        raise UserError(f"checkpoint {path}: {error.strerror or error}") from None
     except Exception as error:                   # torn archives end in RuntimeError, EOFError, OSError and others
         code = isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error)     # it names a class or function
         reason = "refused, it holds objects besides weights, which could run code; nothing was run" if code else \
@@ -1444,11 +1868,11 @@ def noise_source(indices, shape, seed, device="cpu"):
     return draw
 
 
-def sample_images(model, diffusion, labels, indices, shape, seed, sampling):
-    """uint8 images (B, C, H, W), on the CPU, of `labels` (B,), from the noise of images `indices` of `seed`.
-    `sampling` is a dict of arguments of GaussianDiffusion.sample: steps, guidance, eta, clip_denoised."""
+def sample_images(model, diffusion, labels, indices, shape, seed, sampling, decode=to_uint8):
+    """Images, by default uint8 (B, C, H, W), on the CPU, of `labels` (B,), from the noise of images `indices` of
+    `seed`. `sampling` is a dict of arguments of GaussianDiffusion.sample; decode makes images of what it returns."""
     draw = noise_source(indices[:len(labels)], shape, seed, labels.device)
-    return to_uint8(diffusion.sample(model, labels, draw, **sampling)).cpu()
+    return decode(diffusion.sample(model, labels, draw, **sampling)).cpu()
 
 
 def image_grid(images, columns, cell=48):
@@ -1590,11 +2014,11 @@ def print_table(header, rows):
 # plain fine-tuning in the first two, as in the paper's tables: a teacher would make up for a bad choice.
 # ---------------------------------------------------------------------------------------------------------------------
 
-def fixed_examples(diffusion, images, labels, n=512, seed=0, device="cpu", batch_size=128):
+def fixed_examples(diffusion, data, n=512, seed=0, device="cpu", batch_size=128):
     """Batches (x0, y, t, noise), x0 and noise (B, C, H, W), y and t (B,), of n examples in all (fewer where there are
     fewer images), the same at every call, on which models can be compared without training them. The timesteps are
-    spread evenly. images and labels as in `image_batches`."""
-    x0, y = next(image_batches(images, labels, n, seed, device))
+    spread evenly. data: an ImageSet or a LatentSet."""
+    x0, y = next(data_batches(data, n, seed, device))
     t = torch.linspace(0, diffusion.num_timesteps - 1, len(y)).long().to(device)
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(device)
     return list(zip(*(values.split(batch_size) for values in (x0, y, t, noise))))
@@ -1728,15 +2152,17 @@ class Laboratory:
         self.batch_size, self.learning, self.recovery = batch_size, learning, recovery
         self.samples, self.sampling = samples, sampling
         self.device = next(teacher.parameters()).device
-        self.examples = fixed_examples(diffusion, data.images, data.labels, device=self.device)
+        self.examples = fixed_examples(diffusion, data, device=self.device)
 
     @functools.cached_property
     def judge(self):
-        """The classifier whose features toy-FID is measured in, trained when it is first needed."""
-        return train_classifier(self.data, self.device)[0]
+        """The classifier whose features toy-FID is measured in, trained when it is first needed, and what it sees in
+        the data."""
+        judge = train_classifier(self.data, self.device)[0]
+        return judge, statistics_of_data(self.data, judge.look)
 
     def batches(self, seed):
-        return image_batches(self.data.images, self.data.labels, self.batch_size, seed, self.device)
+        return data_batches(self.data, self.batch_size, seed, self.device)
 
     def choose(self, how, groups, seed=0, **learning):
         """The blocks that `how`, a name in CRITERIA or "learned", keeps: a dict of `kept` and the `seconds` it took."""
@@ -1783,10 +2209,12 @@ class Laboratory:
         except NonFiniteLoss:
             return {"loss_after_pruning": before, "loss": math.inf, "first_loss": (losses + [math.inf])[0],
                     "toy_fid": math.inf}
-        measured = measure({"student": student}, self.data, self.judge, self.diffusion, self.samples, self.sampling,
-                           seed, label=None)["student"]
+        judge, real = self.judge
+        labels = spread_labels(self.data, self.samples)
+        rows, _ = measure({"student": student}, labels, self.data.shape, judge.look, real, self.diffusion,
+                          self.sampling, to_uint8, seed=seed, label=None)
         return {"loss_after_pruning": before, "loss": calibration_loss(student, self.diffusion, self.examples),
-                "first_loss": losses[0], "toy_fid": measured["toy_fid"]}
+                "first_loss": losses[0], "toy_fid": rows["student"]["fid"]}
 
 
 def spread(values, digits=2):
@@ -1929,14 +2357,15 @@ COMPARISONS = {"criteria": compare_criteria, "groups": compare_groups, "recovery
 # --compare trains the teacher if need be, and then goes to the laboratory instead.
 # ---------------------------------------------------------------------------------------------------------------------
 
+MODELS = ("teacher", "pruned", "student")
 RESULTS = {"teacher": "teacher.pt", "learn": "layers.json", "recover": "student.pt", "measure": "results.json"}
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
+    """An ArgumentParser whose errors are one line, of one process."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {message}\n" if os.environ.get("RANK", "0") == "0" else None)
 
 
 def number(kind, low, high=math.inf):
@@ -1960,12 +2389,14 @@ def nonempty(word):
     return word
 
 
-def stage_list(word):
-    """An argparse type: some of the stages, in their order."""
-    asked = word.split(",")
-    if not set(asked) <= RESULTS.keys():
-        raise argparse.ArgumentTypeError(f"{word!r}: expected some of {','.join(RESULTS)}")
-    return [stage for stage in RESULTS if stage in asked]
+def word_list(*words):
+    """An argparse type: some of these words, in their order."""
+    def parse(list_):
+        asked = list_.split(",")
+        if not set(asked) <= set(words):
+            raise argparse.ArgumentTypeError(f"{list_!r}: expected some of {','.join(words)}")
+        return [word for word in words if word in asked]
+    return parse
 
 
 def block_list(word):
@@ -1981,9 +2412,13 @@ COUNT, RATE = number(int, 1), number(float, 1e-12)
 # models; the first stage whose result depends on it; help.
 FLAGS = [
     ("--model NAME", tuple(DiT_models), "toy", "teacher", f"one of {', '.join(DiT_models)}"),
-    ("--data DIR", nonempty, None, "teacher", "folder of images, one sub-folder per class; without it, drawn digits"),
-    ("--image-size N", number(int, 4), 16, "teacher", "side to which images are scaled and cropped, in pixels"),
-    ("--batch-size N", COUNT, (64, 256), "teacher", "images per step"),
+    ("--ckpt FILE", nonempty, None, "teacher",
+     "start from this teacher, official or ours, instead of training one; --model is told from it"),
+    ("--data DIR", nonempty, None, "teacher",
+     "folder of images, one sub-folder per class, or of latents; without it, drawn digits"),
+    ("--image-size N", number(int, 4), None, "teacher",
+     "side to which images are scaled and cropped, in pixels (16, or --ckpt's; 256 with --encode)"),
+    ("--batch-size N", COUNT, (64, 256), "teacher", "images per step, of all processes together"),
     ("--seed N", number(int, 0, 2 ** 31), 0, "teacher", "seed of everything random"),
     ("--ema X", number(float, 0, 0.999999), (0.99, 0.9999), "teacher", "decay of the average of the weights"),
     ("--teacher-steps N", COUNT, (1200, 400_000), "teacher", "training steps (batches, not epochs) of the teacher"),
@@ -1993,6 +2428,7 @@ FLAGS = [
     ("--kept LIST", block_list, None, "learn", "keep these blocks, as in 0,2,5, instead of choosing any"),
     ("--groups N:M", str, "1:2", "learn", "keep N of every M blocks; or one N:M per group, as in 2:4,3:4,2:4"),
     ("--learn-steps N", COUNT, (300, 10_000), "learn", "steps of learning which blocks to keep"),
+    ("--learn-batch-size N", COUNT, None, "learn", "images per step of learning (--batch-size / half of it)"),
     ("--logits-lr X", RATE, (3e-3, 1e-3), "learn", "learning rate of the mask's logits"),
     ("--update HOW", ("lora", "full", "frozen"), "lora", "learn", "weights that train along: lora, full, frozen"),
     ("--rank N", COUNT, 8, "learn", "rank of the LoRA update; its alpha is twice that"),
@@ -2003,15 +2439,28 @@ FLAGS = [
     ("--recover-steps N", COUNT, (300, 100_000, 100), "recover", "fine-tuning steps of the student"),
     ("--recover-lr X", RATE, (2e-3, 2e-4), "recover", "the student's learning rate"),
     ("--kd HOW", KD_MODES, "masked", "recover", f"what the student learns from: {', '.join(KD_MODES)}"),
+    ("--measure LIST", word_list(*MODELS), ",".join(MODELS), "measure", f"models to measure, of {', '.join(MODELS)}"),
     ("--samples N", number(int, 10), (500, 50_000, 500), "measure", "images drawn from each model to measure it"),
     ("--sample-steps N", number(int, 2, 1000), (50, 250, 25), "measure", "sampling steps per image"),
     ("--guidance X", number(float, 0), 1.5, "measure", "classifier-free guidance scale; 1 is without"),
     ("--eta X", number(float, 0, 1), 1.0, "measure", "1 samples by DDPM, 0 by DDIM"),
+    ("--vae NAME", nonempty, None, "measure", "autoencoder of latents, on Hugging Face or a folder (needs diffusers)"),
+    ("--inception FILE", nonempty, None, "measure", "measure FID by this TorchScript network, instead of toy-FID"),
+    ("--ref PATH", nonempty, None, "measure",
+     "what FID compares with: a folder of images, or .npz with arr_0, or mu and sigma; without it, the data"),
+    ("--accumulate N", COUNT, 1, None, "cut the batch of a process into N parts, one after the other: less memory"),
+    ("--checkpointing", bool, False, None, "run blocks again in the backward pass: less memory, a third more time"),
+    ("--compile", bool, False, None, "torch.compile the blocks: a slow start, faster steps"),
     ("--save-every N", COUNT, (200, 2000), None, "steps between saves of a stage's state, from which it can go on"),
-    ("--stages LIST", stage_list, ",".join(RESULTS), None, "stages to run; one left out must be there in --out"),
+    ("--stages LIST", word_list(*RESULTS), ",".join(RESULTS), None,
+     "stages to run; one left out must be there in --out"),
     ("--compare WHAT", tuple(COMPARISONS), None, None,
      f"instead, choose, prune and recover many times, and compare {', '.join(COMPARISONS)}"),
     ("--quick", bool, False, None, "compare with one seed and fewer masks"),
+    ("--encode DIR", nonempty, None, None,
+     "instead, encode a folder of images with --vae into latents.npy and labels.npy in --out"),
+    ("--fid PATH", nonempty, None, None, "instead, compare images, as in --ref, with those of --ref"),
+    ("--save-stats FILE", nonempty, None, None, "with --fid: write its statistics there, for later use as --ref"),
     ("--out DIR", nonempty, None, None, "folder of the results: runs/toy, or runs/NAME for --data NAME"),
     ("--device NAME", nonempty, None, "measure", "cpu, cuda, cuda:1 ...; without it, the first GPU if there is one"),
 ]
@@ -2033,10 +2482,21 @@ def parse_args(argv=None):
         check = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         parser.add_argument(flag, metavar=placeholder, default=default, help=words, **check)
     args = parser.parse_args(argv)
+    build, args.teacher = DiT_models[args.model].keywords, None
+    if args.ckpt:
+        if args.model != "toy":
+            parser.error("--ckpt and --model: give one of them; the size is told from the checkpoint")
+        args.teacher, content = load_checkpoint(args.ckpt)
+        build, args.classes = args.teacher.config(), content["classes"]
+        args.model = next((name for name, model in DiT_models.items()
+                           if model.keywords["hidden_size"] == build["hidden_size"]), "of --ckpt")
+        args.image_size = args.image_size or build["input_size"]
+        args.ckpt = f"{Path(args.ckpt).resolve()}, {checksum(args.teacher)}"
     for name, value in vars(args).items():
         if isinstance(value, tuple):
             setattr(args, name, value[2 if args.compare and len(value) > 2 else args.model != "toy"])
-    build = DiT_models[args.model].keywords
+    args.image_size = args.image_size or (256 if args.encode else 16)
+    args.learn_batch_size = args.learn_batch_size or max(1, args.batch_size // (1 if args.model == "toy" else 2))
     if args.image_size % build["patch_size"]:
         parser.error(f"argument --image-size: {args.image_size} is no multiple of the patch, {build['patch_size']}")
     try:
@@ -2047,13 +2507,23 @@ def parse_args(argv=None):
         parser.error(f"argument --kept: block {args.kept[-1]} of a model with blocks 0 to {build['depth'] - 1}")
     if args.criterion == "oracle" and 2 * budget != build["depth"]:
         parser.error(f"argument --criterion: oracle keeps half of the blocks, --groups {args.groups} keeps {budget}")
+    for name in ("batch_size", "learn_batch_size"):
+        parts = args.accumulate * int(os.environ.get("WORLD_SIZE", 1))
+        if getattr(args, name) % parts:
+            parser.error(f"argument --{name.replace('_', '-')}: {getattr(args, name)} cannot be cut into {parts} "
+                         "parts (--accumulate times processes)")
     changed = [f"--{name.replace('_', '-')}" for name in
                ("criterion", "kept", "update", "kd", "snr_gamma", "dropped_share")
                if getattr(args, name) != parser.get_default(name)]
     if args.compare and changed:
         parser.error(f"--compare sets these itself: leave out {', '.join(changed)}")
-    if args.quick and not args.compare:
-        parser.error("--quick goes with --compare")
+    for flag, other in (("quick", "compare"), ("save_stats", "fid"), ("encode", "vae"), ("inception", "measure")):
+        if getattr(args, flag) and not getattr(args, other):
+            parser.error(f"--{flag.replace('_', '-')} goes with --{other}")
+    if args.fid and not (args.ref or args.save_stats):
+        parser.error("--fid goes with --ref, or with --save-stats")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (args.compare or args.encode or args.fid):
+        parser.error("--compare, --encode and --fid run in one process, without torchrun")
     if args.kept and args.criterion != "learned":
         parser.error("--kept and --criterion: give one of them")
     args.out = args.out or f"runs/{Path(args.data).resolve().name if args.data else 'toy'}"
@@ -2064,6 +2534,8 @@ def pick_device(name):
     """A torch.device that is there: the named one, else the first GPU, else the CPU. Raises UserError."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda" and world_size() > 1:
+            device = torch.device("cuda", torch.cuda.current_device())       # every process has its own
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError):
         there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -2076,17 +2548,28 @@ class Run:
 
     def __init__(self, args):
         self.args, self.device, self.out = args, pick_device(args.device), open_folder(args.out)
-        size = args.image_size
-        self.data = image_folder(args.data, size, at_least=20) if args.data else toy_digits(size=size)
-        if args.batch_size > len(self.data.labels):
-            raise UserError(f"--batch-size {args.batch_size}: more than the {len(self.data.labels)} images; lower it")
-        args.device = str(self.device)
-        checksum = zlib.crc32(self.data.images.numpy(), zlib.crc32(self.data.labels.numpy()))
-        name = Path(args.data).resolve() if args.data else "drawn digits"
-        args.data = f"{name}, {len(self.data.labels)} images, checksum {checksum:08x}"
-        self.groups = parse_groups(args.groups, DiT_models[args.model].keywords["depth"])
+        torch.set_float32_matmul_precision("high")           # TF32 on GPUs, for what autocast leaves in float32
+        self.data = data = open_data(args.data, args.image_size) if args.data else toy_digits(size=args.image_size)
+        if len(data.labels) < max(20, args.batch_size, args.learn_batch_size):
+            raise UserError(f"{len(data.labels)} images are too few; expected at least 20, and no fewer than "
+                            f"--batch-size {args.batch_size} and --learn-batch-size {args.learn_batch_size}")
+        self.shape, self.classes = data.shape, data.classes
+        if args.teacher:
+            config, self.classes = args.teacher.config(), args.classes
+            expected = (config["in_channels"], config["input_size"], config["input_size"])
+            if data.shape != expected or len(data.classes) > config["num_classes"]:
+                raise UserError(f"--ckpt is for {config['num_classes']} classes of {expected}; --data has "
+                                f"{len(data.classes)} of {data.shape}")
+        if data.latent and not (args.vae and args.inception and args.ref) and "measure" in args.stages:
+            raise UserError("latents are measured with --vae, --inception and --ref: give all three, or leave measure "
+                            "out, by --stages teacher,learn,recover")
+        args.device = str(self.device) if world_size() == 1 else f"{world_size()} processes on {self.device.type}"
+        args.data = f"{Path(args.data).resolve() if args.data else 'drawn digits'}, {data.describe()}"
+        self.groups = parse_groups(args.groups, (args.teacher.config() if args.teacher else
+                                                 DiT_models[args.model].keywords)["depth"])
         self.diffusion = GaussianDiffusion()
-        self.sampling = {"steps": args.sample_steps, "guidance": args.guidance, "eta": args.eta, "clip_denoised": True}
+        self.sampling = {"steps": args.sample_steps, "guidance": args.guidance, "eta": args.eta,
+                         "clip_denoised": not data.latent}
 
     def path(self, stage):
         return self.out / RESULTS[stage]
@@ -2103,12 +2586,28 @@ class Run:
         entry = {"learn": "kept", "measure": "rows"}.get(stage, "ema")
         return path.exists() and bool(made_with(path, self.settings(stage), entry))
 
-    def batches(self, seed, start=0):
-        return image_batches(self.data.images, self.data.labels, self.args.batch_size, seed, self.device, start)
+    def batches(self, stage, seed, start):
+        """The batches of a stage from step `start` on, of which this process takes its share."""
+        torch.manual_seed(seed + 1_000_003 * rank())         # each process draws noise and masks of its own
+        size = self.args.learn_batch_size if stage == "learn" else self.args.batch_size
+        return data_batches(self.data, size, seed, self.device, start, self.args.accumulate, rank(), world_size())
 
     def state(self, stage):
         """Where an unfinished stage stands, or the beginning."""
         return TrainingState(self.out / f"{stage}-state.pt", self.settings(stage), self.args.save_every)
+
+    def teacher(self):
+        """The teacher, in eval mode."""
+        teacher = load_checkpoint(self.path("teacher"), self.device)[0]
+        if self.args.compile:
+            teacher.compile()
+        return teacher
+
+    def loop(self, stage, steps, state):
+        """Arguments of `train` that all stages share."""
+        args = self.args
+        return {"on_step": self.report(stage, steps, state.step), "state": state, "accumulate": args.accumulate,
+                "compile": args.compile, "checkpointing": args.checkpointing}
 
     def learning(self):
         """Arguments of `learn_layers` that flags set, but for `update`."""
@@ -2124,8 +2623,9 @@ class Run:
 
     def report(self, stage, steps, first):
         """The on_step of a stage that starts with step `first`. Its lines from there on leave log.jsonl."""
-        log, images = self.out / "log.jsonl", steps * self.args.batch_size
-        print(f"{stage}: {steps} steps of {self.args.batch_size} images = {images:,} images, "
+        size = self.args.learn_batch_size if stage == "learn" else self.args.batch_size
+        log, images = self.out / "log.jsonl", steps * size
+        print(f"{stage}: {steps} steps of {size} images = {images:,} images, "
               f"{images / len(self.data.labels):.1f} epochs" + (f"; goes on after step {first}" if first else ""))
         kept = []
         for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
@@ -2141,25 +2641,26 @@ class Run:
         save the weights from before that as STAGE-stopped.pt and raise UserError."""
         more |= {"settings": self.settings(stage)}
         try:
-            save_checkpoint(self.path(stage), fit(), self.sampling, self.data.classes, **more)
+            save_checkpoint(self.path(stage), fit(), self.sampling, self.classes, **more)
         except NonFiniteLoss as stop:
             rescued = self.out / f"{stage}-stopped.pt"
-            save_checkpoint(rescued, stop.model, self.sampling, self.data.classes, **more)
+            save_checkpoint(rescued, stop.model, self.sampling, self.classes, **more)
             state.path.unlink(missing_ok=True)
             raise UserError(f"{stage} stopped: {stop}; weights before it: {rescued}; lower --{stage}-lr") from None
         state.path.unlink(missing_ok=True)
 
 
 def stage_teacher(run):
-    """Train the teacher from scratch."""
-    args = run.args
-    torch.manual_seed(args.seed)
-    model = DiT_models[args.model](input_size=args.image_size, in_channels=run.data.images.shape[1],
-                                   num_classes=len(run.data.classes)).to(run.device)
-    # Labels start at std 1, not the official 0.02: toy-FID 3.43 against 3.83 (seed 0, all digits right either way).
-    nn.init.normal_(model.y_embedder.embedding_table.weight, std=1.0)
-    state = run.state("teacher")
-    batches = run.batches(args.seed, state.step)
+    """Train the teacher from scratch, or take that of --ckpt."""
+    args, state = run.args, run.state("teacher")
+    if args.teacher:
+        run.save_trained("teacher", state, lambda: args.teacher)
+        return
+    batches = run.batches("teacher", args.seed, state.step)
+    model = DiT_models[args.model](input_size=run.shape[1], in_channels=run.shape[0],
+                                   num_classes=len(run.classes)).to(run.device)
+    if args.model == "toy":    # labels at std 1, not the official 0.02: toy-FID 3.43 against 3.83 (seed 0)
+        nn.init.normal_(model.y_embedder.embedding_table.weight, std=1.0)
 
     def loss(step):
         x0, y = next(batches)
@@ -2169,7 +2670,7 @@ def stage_teacher(run):
     steps = args.teacher_steps
     run.save_trained("teacher", state, lambda: train(
         model, loss, steps, lr=args.teacher_lr, final_lr_ratio=0.0, warmup=min(100, steps // 10), ema_decay=args.ema,
-        on_step=run.report("teacher", steps, state.step), state=state))
+        **run.loop("teacher", steps, state)))
 
 
 def stage_learn(run):
@@ -2178,16 +2679,15 @@ def stage_learn(run):
     torch.manual_seed(args.seed + 1)
     kept, confidence, history, picture = args.kept, None, None, run.out / "decisions.png"
     if kept is None and args.criterion != "learned":
-        examples = fixed_examples(run.diffusion, run.data.images, run.data.labels, device=run.device)
+        examples = fixed_examples(run.diffusion, run.data, device=run.device)
         kept = CRITERIA[args.criterion](teacher, run.groups, run.diffusion, examples)
     elif kept is None:
         state = run.state("learn")
-        loss_fn = masked_denoising(run.diffusion, run.batches(args.seed + 1, state.step), args.dropped_share,
+        loss_fn = masked_denoising(run.diffusion, run.batches("learn", args.seed + 1, state.step), args.dropped_share,
                                    args.snr_gamma or math.inf)
-        report = run.report("learn", args.learn_steps, state.step)
         try:
-            sampler, history = learn_layers(teacher, loss_fn, run.groups, update=args.update, on_step=report,
-                                            state=state, **run.learning())
+            sampler, history = learn_layers(teacher, loss_fn, run.groups, update=args.update, **run.learning(),
+                                            **run.loop("learn", args.learn_steps, state))
         except NonFiniteLoss as stop:
             state.path.unlink(missing_ok=True)
             raise UserError(f"learn stopped: {stop}; {run.path('teacher')} is as it was; lower --learn-lr") from None
@@ -2206,47 +2706,68 @@ def stage_learn(run):
 
 def stage_recover(run):
     """Prune the teacher and fine-tune the student with its help."""
-    args, teacher = run.args, load_checkpoint(run.path("teacher"), run.device)[0]
+    args, teacher, state = run.args, run.teacher(), run.state("recover")
     kept = json.loads(run.path("learn").read_text())["kept"]
-    torch.manual_seed(args.seed + 2)
-    state = run.state("recover")
     run.save_trained("recover", state, lambda: recover(
-        prune(teacher, kept), teacher, run.diffusion, run.batches(args.seed + 2, state.step),
-        match_blocks(run.groups, kept), kd=args.kd, on_step=run.report("recover", args.recover_steps, state.step),
-        state=state, **run.recovery()), kept=kept, groups=run.groups)
+        prune(teacher, kept), teacher, run.diffusion, run.batches("recover", args.seed + 2, state.step),
+        match_blocks(run.groups, kept), kd=args.kd, **run.recovery(),
+        **run.loop("recover", args.recover_steps, state)), kept=kept, groups=run.groups)
 
 
 def stage_measure(run):
     """Compare teacher, pruned model and student: results.json and samples.png."""
-    args, teacher = run.args, load_checkpoint(run.path("teacher"), run.device)[0]
+    args, data, teacher = run.args, run.data, load_checkpoint(run.path("teacher"), run.device)[0]
     student, checkpoint = load_checkpoint(run.path("recover"), run.device)
     models = {"teacher": teacher, "pruned": prune(teacher, checkpoint["kept"]), "student": student}
-    judge, judge_accuracy = train_classifier(run.data, run.device, on_step=progress("judge", 400))
-    rows = measure(models, run.data, judge, run.diffusion, args.samples, run.sampling, args.seed)
-    labels, C = torch.arange(20) % len(run.data.classes), len(run.data.classes)
-    classes = [run.data.images[run.data.labels == y] for y in range(C)]
-    real = torch.stack([classes[y][i // C % len(classes[y])] for i, y in enumerate(labels)])
-    pictures = [("real images", real)]
+    models = {name: models[name] for name in args.measure}
+    decode = VAE(args.vae, run.device).decode if data.latent else to_uint8
+    accuracy, labels = None, spread_labels(data, args.samples)
+    if args.inception:
+        look = load_inception(args.inception, run.device)
+        real = statistics_of(args.ref, look, "reference") if args.ref else statistics_of_data(data, look)
+    else:
+        judge, accuracy = train_classifier(data, run.device, on_step=progress("judge", 400))
+        look, real = judge.look, statistics_of_data(data, judge.look)
+    if args.compile:
+        for model in models.values():
+            model.compile()
+    state = run.state("measure")
+    rows, seen = measure(models, labels, run.shape, look, real, run.diffusion, run.sampling, decode, seed=args.seed,
+                         state=state)
+    for name, row in rows.items():
+        if accuracy is not None:
+            row["accuracy"] = (torch.cat(seen[name].content["p"]).argmax(1) == labels).double().mean().item()
+        else:
+            save_statistics(run.out / f"{name}-statistics.npz", seen[name])
+    present = data.labels.unique()
+    labels = present[torch.arange(20) % len(present)]                        # real examples of these classes in turn
+    shown = [(data.labels == y).nonzero().flatten() for y in labels]
+    index = torch.stack([where[i // len(present) % len(where)] for i, where in enumerate(shown)])
+    pictures = [("real images", decode(data.read(index, torch.zeros_like(index)).to(run.device)).cpu())]
     for title, model in models.items():
-        images = sample_images(model, run.diffusion, labels.to(run.device), range(20), real.shape[1:], args.seed,
-                               run.sampling)
+        images = sample_images(model, run.diffusion, labels.to(run.device), range(20), run.shape, args.seed,
+                               run.sampling, decode)
         pictures.append((f"{title}, {len(model.blocks)} blocks", images))
-    draw_samples(run.out / "samples.png", pictures, [run.data.classes[y] for y in labels])
-    result = {"rows": rows, "judge_accuracy": judge_accuracy, "settings": run.settings("measure")}
+    draw_samples(run.out / "samples.png", pictures, [run.classes[y] for y in labels])
+    result = {"rows": rows, "judge_accuracy": accuracy, "settings": run.settings("measure")}
     write_file(run.path("measure"), lambda file: file.write(json.dumps(result, indent=1).encode()))
+    state.path.unlink(missing_ok=True)
 
 
 def print_results(results):
     """Print the content of results.json as a table, with the conditions of its figures."""
     settings, rows = results["settings"], results["rows"]
-    speed = rows["teacher"]["images_per_second"]
-    print_table(
-        ["model", "depth", "parameters", "toy-FID", "class acc.", "precision", "recall", "images/s", "speed-up"],
-        [[name, f"{row['depth']}", f"{row['parameters']:,}", f"{row['toy_fid']:.2f}", f"{row['accuracy']:.1%}",
-          f"{row['precision']:.3f}", f"{row['recall']:.3f}", f"{row['images_per_second']:.1f}",
-          f"{row['images_per_second'] / speed:.2f}x"] for name, row in rows.items()])
-    print(f"\n{conditions(settings)}.\nAll but speed by the features of a small classifier trained on this data, "
-          f"{results['judge_accuracy']:.1%} right on held-out\nimages: toy-FID cannot be compared with published FIDs.")
+    toy, speed = results["judge_accuracy"] is not None, next(iter(rows.values()))["images_per_second"]
+    columns = {"depth": "d", "parameters": ",d", "fid": ".2f", "accuracy" if toy else "is": ".1%" if toy else ".2f",
+               "precision": ".3f", "recall": ".3f", "images_per_second": ".1f"}
+    names = ["toy-FID", "class acc."] if toy else ["FID", "IS"]
+    print_table(["model", "depth", "parameters", *names, "precision", "recall", "images/s", "speed-up"],
+                [[name, *(format(row[key], form) if key in row else "" for key, form in columns.items()),
+                  f"{row['images_per_second'] / speed:.2f}x"] for name, row in rows.items()])
+    print(f"\n{conditions(settings)}.\n" + (
+        f"All but speed by the features of a small classifier trained on this data, {results['judge_accuracy']:.1%} "
+        "right on held-out\nimages: toy-FID cannot be compared with published FIDs." if toy else
+        f"Features of {Path(settings['--inception']).name}, against {settings['--ref']}"))
 
 
 def conditions(settings):
@@ -2258,14 +2779,19 @@ def conditions(settings):
 def run_stages(args):
     """Run or reuse the stages asked for, in order."""
     start, run = time.perf_counter(), Run(args)
+    if "measure" in args.stages:                 # what it needs is looked at before any work is done
+        for needed, look in ((args.inception, load_inception), (args.vae if run.data.latent else None, VAE)):
+            needed and look(needed, run.device)
+        if args.ref and not Path(args.ref).exists():
+            raise UserError(f"--ref {args.ref}: no such file or folder")
     stages = {"teacher": stage_teacher, "learn": stage_learn, "recover": stage_recover, "measure": stage_measure}
     needed = list(stages)[:list(stages).index(args.stages[-1]) + 1]
-    finished = {stage: run.finished(stage) for stage in needed}              # all are looked at before any work is done
+    finished = {stage: run.finished(stage) for stage in needed}              # all are looked at first, too
+    gather(None)                                 # no process writes before every one has looked
     for stage in needed:
         if not finished[stage] and stage not in args.stages:
             raise UserError(f"{run.path(stage)} is not there, and --stages leaves {stage} out; add it to --stages")
-    shape, classes = tuple(run.data.images.shape[1:]), len(run.data.classes)
-    print(f"{args.data}, {shape}, {classes} classes; {args.model} on {run.device}")
+    print(f"{args.data}, {run.shape}, {len(run.classes)} classes; {args.model} on {args.device}")
     for stage in args.stages:
         if finished[stage]:
             print(f"{stage}: {run.path(stage)} is there, made with these settings, and is reused")
@@ -2280,13 +2806,14 @@ def run_stages(args):
 def run_comparison(args):
     """Compare criteria, groups or ways to recover, with one teacher: comparisons.json, and a table."""
     start, run = time.perf_counter(), Run(args)
+    if run.data.latent:
+        raise UserError("--compare measures toy-FID, of images; it takes no latents")
     if not run.finished("teacher"):
         stage_teacher(run)
     varied = ("--criterion", "--kept", "--update", "--kd", "--groups", "--snr-gamma", "--dropped-share")
     settings = {name: value for name, value in run.settings("measure").items() if name not in varied}
     teacher = load_checkpoint(run.path("teacher"), run.device)[0]
-    weights = np.concatenate([weight.cpu().numpy().ravel() for weight in teacher.state_dict().values()])
-    settings["teacher"] = f"weights of checksum {zlib.crc32(weights):08x}"       # one notebook, one teacher
+    settings["teacher"] = checksum(teacher)      # one notebook, one teacher
     lab = Laboratory(teacher, run.data, run.diffusion, Notebook(run.out / "comparisons.json", settings),
                      args.batch_size, run.learning(), run.recovery(), args.samples, run.sampling)
     try:
@@ -2297,13 +2824,53 @@ def run_comparison(args):
           f"± over its seeds\n{time.perf_counter() - start:.0f} s; results in {run.out}/")
 
 
+def run_encode(args):
+    """Images to latents, with a VAE."""
+    out, device = open_folder(args.out), pick_device(args.device)
+    if (out / "latents.npy").exists():
+        raise UserError(f"{out / 'latents.npy'} is there; remove it, or choose another --out")
+    settings = {"--vae": args.vae, "--image-size": str(args.image_size)}
+    encode_images(args.encode, args.image_size, VAE(args.vae, device), out, settings)
+
+
+def run_fid(args):
+    """Compare two sets of images."""
+    look = load_inception(args.inception, pick_device(args.device)) if args.inception else None
+    fake = statistics_of(args.fid, look)
+    if args.save_stats:
+        save_statistics(args.save_stats, fake)
+        print(f"statistics of {args.fid}: {args.save_stats}")
+    if not args.ref:
+        return
+    try:
+        row = compare_statistics(fake, statistics_of(args.ref, look), pick_device(args.device))
+    except ValueError as error:
+        raise UserError(f"{args.fid} and {args.ref} cannot be compared: {error}") from None
+    print(", ".join(f"{name.upper() if len(name) < 4 else name} {value:.4g}" for name, value in row.items()))
+    drawn = "not told"
+    if Path(args.fid).suffix == ".npz":
+        with np.load(args.fid, allow_pickle=False) as file:
+            drawn = str(file["settings"]) if "settings" in file.files else drawn
+    print(f"{args.fid} ({fake.content['count']} samples; sampling steps and guidance: {drawn}) against {args.ref}; "
+          f"features: {Path(args.inception).name if args.inception else 'those of the two files'}")
+
+
+def checksum(model):
+    """Words by which to know the weights of a model again."""
+    value = 0
+    for weight in model.state_dict().values():
+        value = zlib.crc32(weight.cpu().numpy(), value)
+    return f"weights of checksum {value:08x}"
+
+
 def guarded(prog, body):
     """Run body(); tell a user's mistake, a full disk or Ctrl-C in one line. Returns the exit status: 0, 2 or 130."""
     try:
         body()
         return 0
     except (UserError, OSError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        if not isinstance(error, UserError) or os.environ.get("RANK", "0") == "0":   # all processes say the same
+            print(f"{prog}: {error}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
@@ -2317,8 +2884,12 @@ def guarded(prog, body):
 
 def main(argv=None):
     """The program; returns its exit status."""
-    args = parse_args(argv)
-    return guarded("tinyfusion.py", lambda: (run_comparison if args.compare else run_stages)(args))
+    def body():
+        args = parse_args(argv)
+        with processes():
+            run = run_encode if args.encode else run_fid if args.fid else run_comparison if args.compare else run_stages
+            run(args)
+    return guarded("tinyfusion.py", body)
 
 
 if __name__ == "__main__":
