@@ -1819,6 +1819,8 @@ class CommandLine(unittest.TestCase):
             (["--criterion", "best"], "choose from"),
             (["--criterion", "oracle", "--groups", "1:4"], "keeps half of the blocks"),
             (["--compare", "criteria", "--kd", "none"], "leave out --kd"),
+            (["--encode", "x"], "--encode goes with --vae"),
+            (["--measure", "all"], "expected some of teacher,pruned,student"),
         ):
             status, words = status_and_words(tf.main, ["--out", str(self.folder / "run"), *arguments])
             self.assertEqual((status, words.count("\n")), (2, 1), (arguments, words))
@@ -1840,6 +1842,7 @@ class CommandLine(unittest.TestCase):
         for i in range(12):
             Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(self.folder / "images" / f"{i}.png")
         torch.jit.script(StandIn()).save(self.folder / "net.pt")
+        np.savez(self.folder / "wide.npz", mu=np.zeros(3), sigma=np.eye(3))
         flags = [*self.TINY, "--data", str(data), "--vae", "toy", "--inception", str(self.folder / "net.pt")]
         flags += ["--ref", str(self.folder / "images"), "--measure", "teacher,student", "--accumulate", "2"]
         with mock.patch.object(tf, "VAE", ToyVAE), contextlib.redirect_stdout(io.StringIO()) as said:
@@ -1858,14 +1861,18 @@ class CommandLine(unittest.TestCase):
         self.assertEqual((saved.content["count"], len(saved.content["features"][0])), (10, 10))
         with Image.open(out / "samples.png") as picture:
             self.assertGreater(np.asarray(picture.convert("L")).std(), 5)
+        shallow = ["--data", str(data), "--ckpt", str(self.folder / "official.pt"), "--compare", "groups"]
+        self.assertIn("takes no latents", status_and_words(tf.main, [*self.TINY, *shallow])[1])
         for wrong, reason in (
             (["--groups", "3:5"], "do not divide a depth of 8"),
             (["--model", "DiT-S/2"], "give one of them"),
             (["--accumulate", "3"], "cannot be cut into 3"),
             (["--data", str(self.folder / "nothing")], "no such folder"),
-            (["--ref", str(self.folder / "nothing")], "no such file"),
+            (["--ref", str(self.folder / "nothing")], "expected a folder"),
+            (["--ref", str(self.folder / "nothing.npz")], "No such file"),
             (["--inception", ""], "got nothing"),
-            (["--compare", "groups"], "takes no latents"),
+            (["--compare", "groups"], "leave out --accumulate"),
+            (["--ref", str(self.folder / "wide.npz")], "has 3 features"),
             (["--ckpt", str(data / "labels.npy")], "not a PyTorch file"),
         ):
             arguments = [*flags, "--ckpt", str(self.folder / "official.pt"), "--out", str(self.folder / "x"), *wrong]
@@ -1894,6 +1901,21 @@ class CommandLine(unittest.TestCase):
         for name, row in one.items():
             for key in ("fid", "accuracy", "precision"):
                 self.assertLess(abs(two[name][key] - row[key]), 1e-2 * (1 + row[key]), (name, key))
+        killed, more = self.folder / "killed", ["--stages", "teacher,learn,recover", "--save-every", "1"]
+        command = [HERE / "tinyfusion.py", *self.TINY, "--teacher-steps", "200", "--out"]
+        self.assertEqual(torchrun(2, *command, self.folder / "whole", *more).returncode, 0)
+        with subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command, killed, *more],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        ) as started:  # fmt: skip
+            while not (killed / "teacher-state.pt").exists():
+                time.sleep(0.01)
+            os.killpg(started.pid, signal.SIGKILL)
+        self.assertFalse((killed / "teacher.pt").exists())
+        self.assertIn("goes on after step", torchrun(2, *command, killed, *more).stdout)
+        whole, again = (torch.load(self.folder / run / "student.pt", weights_only=True) for run in ("whole", "killed"))
+        self.assertTrue(all(torch.equal(weight, again["ema"][name]) for name, weight in whole["ema"].items()))
         odd = torchrun(2, HERE / "tinyfusion.py", *self.TINY, "--out", run, "--batch-size", "7")
         self.assertIn("cannot be cut into 2 parts", odd.stderr)
 

@@ -1070,9 +1070,24 @@ def image_stream(path, batch_size=50):
     def read():
         for start in range(0, N, batch_size):
             n = min(batch_size, N - start)
-            x = np.frombuffer(entry.read(n * H * W * C), np.uint8).reshape(n, H, W, C)
+            try:
+                x = np.frombuffer(entry.read(n * H * W * C), np.uint8).reshape(n, H, W, C)
+            except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+                raise UserError(f"{path}: damaged after image {start}: {error}") from None
             yield torch.from_numpy(x.copy()).permute(0, 3, 1, 2)
     return N, read()
+
+
+def read_npz(path, *names):
+    """The arrays of these names in an .npz file, those that are there, and as `names` a list of all that are; of a path
+    that does not end in .npz, and so is a folder, nothing. Raises UserError for a file that is missing or torn."""
+    if Path(path).suffix != ".npz":
+        return {"names": []}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in names if name in file.files} | {"names": file.files}
+    except (ValueError, OSError, zipfile.BadZipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: {error}; expected an .npz file with arr_0, or with mu and sigma") from None
 
 
 def statistics_of(path, look=None, label=None):
@@ -1080,16 +1095,8 @@ def statistics_of(path, look=None, label=None):
     `sigma` these are taken as they are (ADM's reference batches have them, of all of ImageNet, and `arr_0`, 10,000 of
     its images, for precision and recall), and `features` and `p` where it was written by `save_statistics`. Raises
     UserError for a file that has none of these, and where images need a `look`."""
-    saved = {}
-    if Path(path).suffix == ".npz" and Path(path).is_file():
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                saved = {name: file[name] for name in ("mu", "sigma", "count", "features", "p") if name in file.files}
-                images = "arr_0" in file.files
-        except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
-            raise UserError(f"{path}: {error}; expected an .npz file with arr_0, or with mu and sigma") from None
-    stats = FeatureStatistics()
-    if not {"mu", "sigma"} <= saved.keys() or (images and look):
+    saved, stats = read_npz(path, "mu", "sigma", "count", "features", "p"), FeatureStatistics()
+    if not {"mu", "sigma"} <= saved.keys() or (look and saved["names"].count("arr_0")):
         if not look:
             raise UserError(f"{path}: to look at images, --inception FILE is needed")
         N, batches = image_stream(path)
@@ -1099,9 +1106,9 @@ def statistics_of(path, look=None, label=None):
             done += len(batch)
             report(done - 1, {})
     if {"mu", "sigma"} <= saved.keys():
-        count = int(saved.get("count", 0)) or 2          # where it is not told, any number serves
+        count = int(saved.get("count", 0))       # 0: it is not told
         stats.content |= {"count": count, "mean": torch.from_numpy(saved["mu"]).double(),
-                          "scatter": torch.from_numpy(saved["sigma"]).double() * (count - 1)}
+                          "scatter": torch.from_numpy(saved["sigma"]).double() * max(1, count - 1)}
         for name in ("features", "p"):
             stats.content[name] += [torch.from_numpy(saved[name])] if name in saved else []
     return stats
@@ -1170,9 +1177,9 @@ def measure(models, labels, shape, look, real, diffusion, sampling, decode, *, s
         for turn, (index, name) in enumerate(turns[first:], first):
             start, mine = time.perf_counter(), index[rank()::world_size()]
             images = draw(models[name], labels=labels[mine].to(device), indices=mine.tolist(), sampling=sampling)
+            seconds[name].append((time.perf_counter() - start) / len(index))
             features, p = (torch.cat(parts)[order_of(index)] for parts in zip(*gather(look(images))))
             stats[name].update(features, p)
-            seconds[name].append((time.perf_counter() - start) / len(index))
             report(turn, {})
             stop = average(torch.tensor(float(bool(asked)))).item() > 0
             if state and (stop or (turn + 1) * sampling["steps"] % state.every < sampling["steps"]):
@@ -1262,6 +1269,8 @@ def open_data(folder, size):
         latents, files = NpyFiles(folder / "imagenet256_features"), NpyFiles(folder / "imagenet256_labels")
         report, labels = progress("labels", len(files), unit="files"), np.zeros((len(files), 1), np.int64)
         for i in range(len(files)):
+            if files[i].size != 1:
+                raise UserError(f"{files.paths[i]}: {files[i].size} numbers; expected one label")
             labels[i] = files[i]
             report(i, {})
     else:
@@ -1364,12 +1373,21 @@ def read_image(path, size=None):
         return np.asarray(center_crop(image, size) if size else image)
 
 
-def data_batches(data, batch_size, seed, device="cpu", start=0, parts=1, part=0, processes=1):
+def read_ahead(items):
+    """The items of an endless iterator; while one is in use, a thread gets the next."""
+    with concurrent.futures.ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, items)
+        while True:
+            item = coming.result()
+            coming = reader.submit(next, items)
+            yield item
+
+
+def data_batches(data, batch_size, seed, device="cpu", start=0, parts=1, number=0, processes=1):
     """Endless batches (x, y), x (B, C, H, W) and y (B,), in a new order every epoch; of latents, those of a random half
     are of the mirror image. A step's batch depends on the seed and the number of the step, not on the steps before it:
     a run can go on from any step `start`. With `parts` or `processes`, every batch is cut into parts * processes
-    smaller ones, and this process, number `part`, gets `parts` of them, one after the other. A thread reads ahead where
-    data come from a disk."""
+    smaller ones, and process `number` gets `parts` of them, one after the other."""
     def read():
         first, N = start, len(data.labels)
         per_epoch = max(1, N // batch_size)
@@ -1379,19 +1397,11 @@ def data_batches(data, batch_size, seed, device="cpu", start=0, parts=1, part=0,
             for i in range(first % per_epoch, per_epoch):
                 batch = order[i * batch_size:(i + 1) * batch_size]
                 for share in range(parts):
-                    index = batch[part + processes * share::processes * parts]
+                    index = batch[number + processes * share::processes * parts]
                     yield data.read(index, mirrored[index]).to(device), data.labels[index].to(device)
             first = 0
 
-    if not data.latent:
-        yield from read()
-    with concurrent.futures.ThreadPoolExecutor(1) as reader:
-        source = read()
-        coming = reader.submit(next, source)
-        while True:
-            batch = coming.result()
-            coming = reader.submit(next, source)
-            yield batch
+    return read_ahead(read()) if data.latent else read()     # latents come from a disk
 
 
 class VAE:
@@ -2507,22 +2517,23 @@ def parse_args(argv=None):
         parser.error(f"argument --kept: block {args.kept[-1]} of a model with blocks 0 to {build['depth'] - 1}")
     if args.criterion == "oracle" and 2 * budget != build["depth"]:
         parser.error(f"argument --criterion: oracle keeps half of the blocks, --groups {args.groups} keeps {budget}")
-    for name in ("batch_size", "learn_batch_size"):
-        parts = args.accumulate * int(os.environ.get("WORLD_SIZE", 1))
+    several = int(os.environ.get("WORLD_SIZE", 1))
+    for name, parts in (("batch_size", several * args.accumulate), ("learn_batch_size", several * args.accumulate),
+                        ("samples", several)):
         if getattr(args, name) % parts:
             parser.error(f"argument --{name.replace('_', '-')}: {getattr(args, name)} cannot be cut into {parts} "
-                         "parts (--accumulate times processes)")
+                         f"parts ({several} processes, --accumulate {args.accumulate})")
     changed = [f"--{name.replace('_', '-')}" for name in
-               ("criterion", "kept", "update", "kd", "snr_gamma", "dropped_share")
-               if getattr(args, name) != parser.get_default(name)]
+               ("criterion", "kept", "update", "kd", "snr_gamma", "dropped_share", "accumulate", "checkpointing",
+                "compile", "inception", "ref", "vae") if getattr(args, name) != parser.get_default(name)]
     if args.compare and changed:
-        parser.error(f"--compare sets these itself: leave out {', '.join(changed)}")
+        parser.error(f"--compare sets these itself, or has no use for them: leave out {', '.join(changed)}")
     for flag, other in (("quick", "compare"), ("save_stats", "fid"), ("encode", "vae"), ("inception", "measure")):
         if getattr(args, flag) and not getattr(args, other):
             parser.error(f"--{flag.replace('_', '-')} goes with --{other}")
     if args.fid and not (args.ref or args.save_stats):
         parser.error("--fid goes with --ref, or with --save-stats")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (args.compare or args.encode or args.fid):
+    if several > 1 and (args.compare or args.encode or args.fid):
         parser.error("--compare, --encode and --fid run in one process, without torchrun")
     if args.kept and args.criterion != "learned":
         parser.error("--kept and --criterion: give one of them")
@@ -2548,14 +2559,18 @@ class Run:
 
     def __init__(self, args):
         self.args, self.device, self.out = args, pick_device(args.device), open_folder(args.out)
-        torch.set_float32_matmul_precision("high")           # TF32 on GPUs, for what autocast leaves in float32
+        if self.device.type == "cuda":           # TF32, for what autocast leaves in float32
+            torch.set_float32_matmul_precision("high")
         self.data = data = open_data(args.data, args.image_size) if args.data else toy_digits(size=args.image_size)
         if len(data.labels) < max(20, args.batch_size, args.learn_batch_size):
             raise UserError(f"{len(data.labels)} images are too few; expected at least 20, and no fewer than "
                             f"--batch-size {args.batch_size} and --learn-batch-size {args.learn_batch_size}")
         self.shape, self.classes = data.shape, data.classes
+        config = args.teacher.config() if args.teacher else DiT_models[args.model].keywords
+        if data.shape[1] % config["patch_size"]:
+            raise UserError(f"--data {args.data}: {data.shape} is no multiple of the patch, {config['patch_size']}")
         if args.teacher:
-            config, self.classes = args.teacher.config(), args.classes
+            self.classes = args.classes
             expected = (config["in_channels"], config["input_size"], config["input_size"])
             if data.shape != expected or len(data.classes) > config["num_classes"]:
                 raise UserError(f"--ckpt is for {config['num_classes']} classes of {expected}; --data has "
@@ -2565,8 +2580,7 @@ class Run:
                             "out, by --stages teacher,learn,recover")
         args.device = str(self.device) if world_size() == 1 else f"{world_size()} processes on {self.device.type}"
         args.data = f"{Path(args.data).resolve() if args.data else 'drawn digits'}, {data.describe()}"
-        self.groups = parse_groups(args.groups, (args.teacher.config() if args.teacher else
-                                                 DiT_models[args.model].keywords)["depth"])
+        self.groups = parse_groups(args.groups, config["depth"])
         self.diffusion = GaussianDiffusion()
         self.sampling = {"steps": args.sample_steps, "guidance": args.guidance, "eta": args.eta,
                          "clip_denoised": not data.latent}
@@ -2654,6 +2668,7 @@ def stage_teacher(run):
     """Train the teacher from scratch, or take that of --ckpt."""
     args, state = run.args, run.state("teacher")
     if args.teacher:
+        print(f"teacher: {args.ckpt}, {len(args.teacher.blocks)} blocks")
         run.save_trained("teacher", state, lambda: args.teacher)
         return
     batches = run.batches("teacher", args.seed, state.step)
@@ -2733,7 +2748,7 @@ def stage_measure(run):
             model.compile()
     state = run.state("measure")
     rows, seen = measure(models, labels, run.shape, look, real, run.diffusion, run.sampling, decode, seed=args.seed,
-                         state=state)
+                         batch_size=50 * world_size(), state=state)
     for name, row in rows.items():
         if accuracy is not None:
             row["accuracy"] = (torch.cat(seen[name].content["p"]).argmax(1) == labels).double().mean().item()
@@ -2779,11 +2794,15 @@ def conditions(settings):
 def run_stages(args):
     """Run or reuse the stages asked for, in order."""
     start, run = time.perf_counter(), Run(args)
-    if "measure" in args.stages:                 # what it needs is looked at before any work is done
-        for needed, look in ((args.inception, load_inception), (args.vae if run.data.latent else None, VAE)):
-            needed and look(needed, run.device)
-        if args.ref and not Path(args.ref).exists():
-            raise UserError(f"--ref {args.ref}: no such file or folder")
+    if "measure" in args.stages and args.inception:          # what it needs is looked at before any work is done
+        F = load_inception(args.inception, run.device)(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))[0].shape[1]
+        saved = read_npz(args.ref, "mu") if args.ref else {}
+        if saved.get("mu", np.zeros(F)).size != F:
+            raise UserError(f"--ref {args.ref} has {saved['mu'].size} features, --inception {args.inception} has {F}")
+        if args.ref and not saved.get("names"):
+            image_stream(args.ref)
+        if run.data.latent:
+            VAE(args.vae, run.device)
     stages = {"teacher": stage_teacher, "learn": stage_learn, "recover": stage_recover, "measure": stage_measure}
     needed = list(stages)[:list(stages).index(args.stages[-1]) + 1]
     finished = {stage: run.finished(stage) for stage in needed}              # all are looked at first, too
@@ -2847,12 +2866,9 @@ def run_fid(args):
     except ValueError as error:
         raise UserError(f"{args.fid} and {args.ref} cannot be compared: {error}") from None
     print(", ".join(f"{name.upper() if len(name) < 4 else name} {value:.4g}" for name, value in row.items()))
-    drawn = "not told"
-    if Path(args.fid).suffix == ".npz":
-        with np.load(args.fid, allow_pickle=False) as file:
-            drawn = str(file["settings"]) if "settings" in file.files else drawn
-    print(f"{args.fid} ({fake.content['count']} samples; sampling steps and guidance: {drawn}) against {args.ref}; "
-          f"features: {Path(args.inception).name if args.inception else 'those of the two files'}")
+    drawn = read_npz(args.fid, "settings").get("settings", "not told")       # sample.py writes them
+    print(f"{args.fid} ({fake.content['count'] or 'unknown number of'} samples; sampling steps and guidance: {drawn})\n"
+          f"against {args.ref}; features: {Path(args.inception).name if args.inception else 'those of the two files'}")
 
 
 def checksum(model):
@@ -2878,7 +2894,8 @@ def guarded(prog, body):
         print(f"{prog}: out of memory; try a smaller batch or model", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\n{prog}: stopped; the files that are there are whole; the same command goes on", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\n{prog}: stopped; the files that are there are whole; the same command goes on", file=sys.stderr)
         return 130
 
 
