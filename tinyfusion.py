@@ -952,9 +952,10 @@ class FeatureStatistics:
 
 def inception_score(probabilities, split=5000):
     """exp of the mean KL(p(class | image) || p(class)), from class probabilities (N, classes): 1 where all images look
-    alike, at most the number of classes. The mean over splits of 5,000 images, as ADM computes it.
-    Source: arXiv:1606.03498."""
-    parts = torch.as_tensor(probabilities, dtype=torch.float64).split(split)
+    alike, at most the number of classes. The mean over splits of 5,000 images, as ADM computes it; they are shuffled
+    first, because images sorted by class would fill each split with few classes. Source: arXiv:1606.03498."""
+    p = torch.as_tensor(probabilities, dtype=torch.float64)
+    parts = p[torch.randperm(len(p), generator=torch.Generator().manual_seed(0))].split(split)
     entropy = torch.special.entr
     return float(np.mean([math.exp(entropy(p.mean(0)).sum() - entropy(p).sum(1).mean()) for p in parts]))
 
@@ -1166,8 +1167,9 @@ def measure(models, labels, shape, look, real, diffusion, sampling, decode, *, s
         return torch.cat([torch.arange(len(index))[r::world_size()] for r in range(world_size())]).argsort()
 
     draw = functools.partial(sample_images, diffusion=diffusion, shape=shape, seed=seed, decode=decode)
+    some = labels[rank():batch_size:world_size()].to(device)
     for model in models.values():                # warm up before the clock runs
-        draw(model, labels=labels[:batch_size].to(device), indices=range(batch_size), sampling=sampling | {"steps": 2})
+        draw(model, labels=some, indices=range(batch_size), sampling=sampling | {"steps": 2})
     turns = list(itertools.product(torch.arange(len(labels)).split(batch_size), models))
     first = state.step if state else 0
     stats = {name: FeatureStatistics(state.content["stats"][name] if first else None) for name in models}
@@ -1258,14 +1260,23 @@ def load_array(path, mmap_mode=None):
         raise UserError(f"{path}: {error}; expected a whole .npy file") from None
 
 
+def holds_latents(folder):
+    """Whether `open_data` would find latents in a folder."""
+    return (Path(folder) / "latents.npy").exists() or (Path(folder) / "imagenet256_features").is_dir()
+
+
 def open_data(folder, size):
     """The data in a folder: a LatentSet of `latents.npy` (N, 2, C, H, W) and `labels.npy` (N,), or of the public
     TinyFusion layout, `imagenet256_features/{i}.npy` (2, C, H, W) and `imagenet256_labels/{i}.npy` (1,); or else an
     ImageSet of side `size`. Raises UserError where it is none of them, or only half of one."""
     folder = Path(folder)
+    if (folder / "latents.npy.part").exists():
+        raise UserError(f"--data {folder}: it is not encoded to the end; run --encode again, which goes on")
+    if not holds_latents(folder):
+        return image_folder(folder, size)
     if (folder / "latents.npy").exists():
         latents, labels = load_array(folder / "latents.npy", "r"), load_array(folder / "labels.npy")
-    elif (folder / "imagenet256_features").is_dir():
+    else:
         latents, files = NpyFiles(folder / "imagenet256_features"), NpyFiles(folder / "imagenet256_labels")
         report, labels = progress("labels", len(files), unit="files"), np.zeros((len(files), 1), np.int64)
         for i in range(len(files)):
@@ -1273,8 +1284,6 @@ def open_data(folder, size):
                 raise UserError(f"{files.paths[i]}: {files[i].size} numbers; expected one label")
             labels[i] = files[i]
             report(i, {})
-    else:
-        return image_folder(folder, size)
     one = latents[0] if len(latents) else np.zeros(())
     if len(latents) != len(labels) or one.ndim != 4 or one.shape[0] != 2 or one.shape[2] != one.shape[3]:
         raise UserError(f"--data {folder}: {len(latents)} latents {one.shape} and {len(labels)} labels; expected as "
@@ -1442,6 +1451,7 @@ def encode_images(folder, size, vae, out, settings, batch_size=16, every=50):
     content = made_with(state, settings, "done") if state.exists() else {"done": 0, "skipped": []}
     first, skipped = content["done"], content["skipped"]
     shape = vae.encode(torch.zeros(1, 3, size, size, dtype=torch.uint8), 0).shape[1:]
+    print(f"{len(files)} files in {len(classes)} class folders: {', '.join(classes[:3])} ...")
 
     def header(file, n):                         # numpy leaves room in it for n to grow
         file.seek(0)
@@ -1530,7 +1540,7 @@ def processes():
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
-    if torch.cuda.is_available():
+    if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group()                    # NCCL for what is on GPUs, gloo for what is not
     try:
@@ -2427,11 +2437,11 @@ FLAGS = [
     ("--data DIR", nonempty, None, "teacher",
      "folder of images, one sub-folder per class, or of latents; without it, drawn digits"),
     ("--image-size N", number(int, 4), None, "teacher",
-     "side to which images are scaled and cropped, in pixels (16, or --ckpt's; 256 with --encode)"),
-    ("--batch-size N", COUNT, (64, 256), "teacher", "images per step, of all processes together"),
+     "side to which images are scaled and cropped, in pixels (16; of --ckpt, its input's; 256 with --encode)"),
+    ("--batch-size N", COUNT, (64, 256), "teacher", "images per step, in all processes together"),
     ("--seed N", number(int, 0, 2 ** 31), 0, "teacher", "seed of everything random"),
     ("--ema X", number(float, 0, 0.999999), (0.99, 0.9999), "teacher", "decay of the average of the weights"),
-    ("--teacher-steps N", COUNT, (1200, 400_000), "teacher", "training steps (batches, not epochs) of the teacher"),
+    ("--teacher-steps N", COUNT, (1200, 400_000), "teacher", "training steps (batches, not epochs) of a new teacher"),
     ("--teacher-lr X", RATE, (1e-2, 1e-4), "teacher", "the teacher's learning rate"),
     ("--criterion NAME", ("learned", *CRITERIA), "learned", "learn",
      f"how the blocks to keep are chosen: learned, {', '.join(CRITERIA)}"),
@@ -2443,13 +2453,14 @@ FLAGS = [
     ("--update HOW", ("lora", "full", "frozen"), "lora", "learn", "weights that train along: lora, full, frozen"),
     ("--rank N", COUNT, 8, "learn", "rank of the LoRA update; its alpha is twice that"),
     ("--learn-lr X", RATE, (1e-3, 1e-4), "learn", "learning rate of the weight update"),
-    ("--dropped-share X", number(float, 0.001, 1), 1.0, "learn", "share of dropped rows run for the mask; 1: exact"),
+    ("--dropped-share X", number(float, 0.001, 1), 1.0, "learn", 
+     "share of the examples that skip a block which run it all the same, for the mask's gradient; 1: exact"),
     ("--snr-gamma X", number(float, 1e-3), None, "learn",
      "learn with timesteps weighted by min-SNR of this gamma, such as 5; without it, all count alike"),
     ("--recover-steps N", COUNT, (300, 100_000, 100), "recover", "fine-tuning steps of the student"),
     ("--recover-lr X", RATE, (2e-3, 2e-4), "recover", "the student's learning rate"),
     ("--kd HOW", KD_MODES, "masked", "recover", f"what the student learns from: {', '.join(KD_MODES)}"),
-    ("--measure LIST", word_list(*MODELS), ",".join(MODELS), "measure", f"models to measure, of {', '.join(MODELS)}"),
+    ("--measure LIST", word_list(*MODELS), ",".join(MODELS), "measure", "models for stage measure"),
     ("--samples N", number(int, 10), (500, 50_000, 500), "measure", "images drawn from each model to measure it"),
     ("--sample-steps N", number(int, 2, 1000), (50, 250, 25), "measure", "sampling steps per image"),
     ("--guidance X", number(float, 0), 1.5, "measure", "classifier-free guidance scale; 1 is without"),
@@ -2457,7 +2468,7 @@ FLAGS = [
     ("--vae NAME", nonempty, None, "measure", "autoencoder of latents, on Hugging Face or a folder (needs diffusers)"),
     ("--inception FILE", nonempty, None, "measure", "measure FID by this TorchScript network, instead of toy-FID"),
     ("--ref PATH", nonempty, None, "measure",
-     "what FID compares with: a folder of images, or .npz with arr_0, or mu and sigma; without it, the data"),
+     "what FID compares with: a folder of images, or .npz with arr_0, or mu and sigma (the data; latents need it)"),
     ("--accumulate N", COUNT, 1, None, "cut the batch of a process into N parts, one after the other: less memory"),
     ("--checkpointing", bool, False, None, "run blocks again in the backward pass: less memory, a third more time"),
     ("--compile", bool, False, None, "torch.compile the blocks: a slow start, faster steps"),
@@ -2469,7 +2480,7 @@ FLAGS = [
     ("--quick", bool, False, None, "compare with one seed and fewer masks"),
     ("--encode DIR", nonempty, None, None,
      "instead, encode a folder of images with --vae into latents.npy and labels.npy in --out"),
-    ("--fid PATH", nonempty, None, None, "instead, compare images, as in --ref, with those of --ref"),
+    ("--fid PATH", nonempty, None, None, "instead, only measure FID of these images (a folder or .npz) against --ref"),
     ("--save-stats FILE", nonempty, None, None, "with --fid: write its statistics there, for later use as --ref"),
     ("--out DIR", nonempty, None, None, "folder of the results: runs/toy, or runs/NAME for --data NAME"),
     ("--device NAME", nonempty, None, "measure", "cpu, cuda, cuda:1 ...; without it, the first GPU if there is one"),
@@ -2480,8 +2491,8 @@ def parse_args(argv=None):
     """Flags to a namespace, checked, with the model's defaults filled in."""
     parser = Parser(prog="tinyfusion.py", formatter_class=argparse.RawDescriptionHelpFormatter, description=(
         "Train a diffusion transformer, learn which of its layers to keep, prune it, recover it and measure it.\n"
-        "With no flag: drawn digits, on a laptop, into runs/toy. Of a default a / b, a is that of --model toy, and\n"
-        "b that of every other model, where it can the paper's for DiT-XL; a third is that of --compare."))
+        "With no flag: drawn digits, on a laptop, into runs/toy. Of a default a / b, a is that of --model toy, and b\n"
+        "that of every other model and of --ckpt (the paper's for DiT-XL, where it has one); a third, of --compare."))
     for flag, kind, default, _, words in FLAGS:
         if kind is bool:
             parser.add_argument(flag, action="store_true", help=words)
@@ -2518,6 +2529,8 @@ def parse_args(argv=None):
     if args.criterion == "oracle" and 2 * budget != build["depth"]:
         parser.error(f"argument --criterion: oracle keeps half of the blocks, --groups {args.groups} keeps {budget}")
     several = int(os.environ.get("WORLD_SIZE", 1))
+    if several > 1 and (args.compare or args.encode or args.fid):
+        parser.error("--compare, --encode and --fid run in one process, without torchrun")
     for name, parts in (("batch_size", several * args.accumulate), ("learn_batch_size", several * args.accumulate),
                         ("samples", several)):
         if getattr(args, name) % parts:
@@ -2531,10 +2544,10 @@ def parse_args(argv=None):
     for flag, other in (("quick", "compare"), ("save_stats", "fid"), ("encode", "vae"), ("inception", "measure")):
         if getattr(args, flag) and not getattr(args, other):
             parser.error(f"--{flag.replace('_', '-')} goes with --{other}")
+    if args.encode and not args.out:
+        parser.error("--encode goes with --out, the folder to write to: ImageNet takes 42 GB")
     if args.fid and not (args.ref or args.save_stats):
         parser.error("--fid goes with --ref, or with --save-stats")
-    if several > 1 and (args.compare or args.encode or args.fid):
-        parser.error("--compare, --encode and --fid run in one process, without torchrun")
     if args.kept and args.criterion != "learned":
         parser.error("--kept and --criterion: give one of them")
     args.out = args.out or f"runs/{Path(args.data).resolve().name if args.data else 'toy'}"
@@ -2545,8 +2558,9 @@ def pick_device(name):
     """A torch.device that is there: the named one, else the first GPU, else the CPU. Raises UserError."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type == "cuda" and world_size() > 1:
-            device = torch.device("cuda", torch.cuda.current_device())       # every process has its own
+        if device.type == "cuda" and world_size() > 1:       # every process has its own
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            name = str(device)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError):
         there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -2561,6 +2575,8 @@ class Run:
         self.args, self.device, self.out = args, pick_device(args.device), open_folder(args.out)
         if self.device.type == "cuda":           # TF32, for what autocast leaves in float32
             torch.set_float32_matmul_precision("high")
+        if args.teacher and args.teacher.in_channels > 3 and not holds_latents(args.data or ""):
+            raise UserError("--ckpt draws latents, not images: give a folder of latents as --data (--encode makes one)")
         self.data = data = open_data(args.data, args.image_size) if args.data else toy_digits(size=args.image_size)
         if len(data.labels) < max(20, args.batch_size, args.learn_batch_size):
             raise UserError(f"{len(data.labels)} images are too few; expected at least 20, and no fewer than "
@@ -2575,6 +2591,8 @@ class Run:
             if data.shape != expected or len(data.classes) > config["num_classes"]:
                 raise UserError(f"--ckpt is for {config['num_classes']} classes of {expected}; --data has "
                                 f"{len(data.classes)} of {data.shape}")
+        if data.latent and args.compare:
+            raise UserError("--compare measures toy-FID, of images; it takes no latents")
         if data.latent and not (args.vae and args.inception and args.ref) and "measure" in args.stages:
             raise UserError("latents are measured with --vae, --inception and --ref: give all three, or leave measure "
                             "out, by --stages teacher,learn,recover")
@@ -2810,7 +2828,8 @@ def run_stages(args):
     for stage in needed:
         if not finished[stage] and stage not in args.stages:
             raise UserError(f"{run.path(stage)} is not there, and --stages leaves {stage} out; add it to --stages")
-    print(f"{args.data}, {run.shape}, {len(run.classes)} classes; {args.model} on {args.device}")
+    of = f" of the checkpoint's {len(run.classes)}" if len(run.classes) > len(run.data.classes) else ""
+    print(f"{args.data}, {run.shape}, {len(run.data.classes)}{of} classes; {args.model} on {args.device}")
     for stage in args.stages:
         if finished[stage]:
             print(f"{stage}: {run.path(stage)} is there, made with these settings, and is reused")
@@ -2825,8 +2844,6 @@ def run_stages(args):
 def run_comparison(args):
     """Compare criteria, groups or ways to recover, with one teacher: comparisons.json, and a table."""
     start, run = time.perf_counter(), Run(args)
-    if run.data.latent:
-        raise UserError("--compare measures toy-FID, of images; it takes no latents")
     if not run.finished("teacher"):
         stage_teacher(run)
     varied = ("--criterion", "--kept", "--update", "--kd", "--groups", "--snr-gamma", "--dropped-share")
@@ -2889,9 +2906,9 @@ def guarded(prog, body):
             print(f"{prog}: {error}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
             raise
-        print(f"{prog}: out of memory; try a smaller batch or model", file=sys.stderr)
+        print(f"{prog}: out of memory; try --accumulate 2, --checkpointing or a smaller batch", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
