@@ -847,6 +847,7 @@ class Measuring(unittest.TestCase):
         np.testing.assert_allclose(again.covariance, np.cov(y.T))
         np.testing.assert_allclose(saved["mu"], x.mean(0), rtol=1e-5)
         (folder / "empty").mkdir()
+        torch.jit.script(nn.ReLU()).save(folder / "other.pt")
         (folder / "torn.npz").write_bytes((folder / "b.npz").read_bytes()[:-900])
         np.savez(folder / "grey.npz", arr_0=a[..., 0])
         np.savez(folder / "wide.npz", mu=np.zeros(3), sigma=np.eye(3))
@@ -858,6 +859,7 @@ class Measuring(unittest.TestCase):
             (["--fid", "a", "--ref", "grey.npz", *inception], "arr_0"),
             (["--fid", "a", "--ref", "wide.npz", *inception], "cannot be compared"),
             (["--fid", "a", "--ref", "b", "--inception", "a.npz"], "expected a TorchScript"),
+            (["--fid", "a", "--ref", "b", "--inception", "other.pt"], "not called as NVIDIA's port"),
             (["--fid", "a"], "goes with --ref"),
             (["--save-stats", "x"], "goes with --fid"),
         ):
@@ -1261,6 +1263,32 @@ class Training(unittest.TestCase):
                 for a, b in zip(weights, process):
                     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
         self.assertEqual([len(trained) for _, trained in cases], [1, 2, 2])
+
+    def test_processes_meet_over_gloo_and_on_gpus_over_nccl_too(self):
+        for cuda, backend in ((False, "gloo"), (True, "cpu:gloo,cuda:nccl")):
+            with (
+                mock.patch.dict(os.environ, {"WORLD_SIZE": "2", "RANK": "0"}),
+                mock.patch.object(tf.torch.cuda, "is_available", lambda: cuda),
+                mock.patch.object(tf.dist, "init_process_group") as meet,
+                mock.patch.object(tf.dist, "destroy_process_group") as part,
+            ):
+                with tf.processes():
+                    pass
+                meet.assert_called_once_with(backend)
+                part.assert_called_once_with()
+        with mock.patch.dict(os.environ, {"WORLD_SIZE": "2"}), self.assertRaisesRegex(tf.UserError, "torchrun"):
+            os.environ.pop("RANK", None)
+            with tf.processes():
+                pass
+
+    def test_only_what_is_out_of_memory_is_called_so(self):
+        def fail(error):
+            raise error
+
+        for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")):
+            self.assertIn("--accumulate", status_and_words(lambda _: tf.guarded("x", lambda: fail(error)), [])[1])
+        with self.assertRaisesRegex(RuntimeError, "illegal memory access"):
+            tf.guarded("x", lambda: fail(RuntimeError("CUDA error: an illegal memory access was encountered")))
 
     def test_checkpointing_and_compiling_blocks_change_nothing_but_time_and_memory(self):
         teacher, diffusion = tiny_dit(), tf.GaussianDiffusion()

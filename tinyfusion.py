@@ -29,6 +29,7 @@ How to run.
     python tinyfusion.py                      the whole story on drawn digits, some minutes on a laptop, into runs/toy/
     python tinyfusion.py --data FOLDER        the same on your images, one sub-folder per class
     python tinyfusion.py --compare criteria   learning against older rules, all 64 masks recovered (--quick: some)
+    torchrun --nproc_per_node=8 tinyfusion.py --ckpt DiT-XL-2-256x256.pt --data LATENTS    the paper's (see the README)
     python tinyfusion.py --help               every flag
     python sample.py --ckpt runs/toy/student.pt
 
@@ -636,7 +637,8 @@ class LayerSampler(nn.Module):
             # Straight through: the value of `hard`, the gradient of `soft`. The brackets matter: soft - soft is exactly
             # 0, while (hard + soft) - soft, the order of F.gumbel_softmax(hard=True), is an ulp away from 0 and 1.
             y = hard + (soft - soft.detach())
-            parts.append(y @ candidates.to(y))                                              # (B, M)
+            with torch.autocast(y.device.type, enabled=False):           # bfloat16 would round the mask's gradient
+                parts.append(y @ candidates.to(y))                                          # (B, M)
         return torch.cat(parts, dim=1)
 
     def _probabilities(self, scale):
@@ -1034,7 +1036,13 @@ def load_inception(path, device):
     @torch.no_grad()
     def look(images):
         x = images.expand(-1, 3, -1, -1).to(device)
-        return net(x, return_features=True).float().cpu(), net(x, no_output_bias=True).float().cpu()
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):     # float32, as published FIDs
+            return net(x, return_features=True).float().cpu(), net(x, no_output_bias=True).float().cpu()
+
+    try:
+        look(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    except RuntimeError as error:
+        raise UserError(f"--inception {path}: not called as NVIDIA's port is: {str(error).splitlines()[0]}") from None
     return look
 
 
@@ -1280,9 +1288,10 @@ def open_data(folder, size):
         latents, files = NpyFiles(folder / "imagenet256_features"), NpyFiles(folder / "imagenet256_labels")
         report, labels = progress("labels", len(files), unit="files"), np.zeros((len(files), 1), np.int64)
         for i in range(len(files)):
-            if files[i].size != 1:
-                raise UserError(f"{files.paths[i]}: {files[i].size} numbers; expected one label")
-            labels[i] = files[i]
+            label = files[i]
+            if label.size != 1:
+                raise UserError(f"{files.paths[i]}: {label.size} numbers; expected one label")
+            labels[i] = label
             report(i, {})
     one = latents[0] if len(latents) else np.zeros(())
     if len(latents) != len(labels) or one.ndim != 4 or one.shape[0] != 2 or one.shape[2] != one.shape[3]:
@@ -1540,14 +1549,19 @@ def processes():
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
-    if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group()                    # NCCL for what is on GPUs, gloo for what is not
+    try:                                         # NCCL for what is on GPUs, gloo for what is not
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    except ValueError as error:
+        raise UserError(f"WORLD_SIZE is set, but the processes cannot meet: {error}; start with torchrun") from None
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if rank() else sys.stdout):
             yield
-    finally:
+    except UserError as error:                   # perhaps of this process alone, such as a file that only it has read
+        raise UserError(f"process {rank()}: {error}" if rank() else str(error)) from None
+    except KeyboardInterrupt:                    # at the same step in all of them
         dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()                 # after an error torchrun ends the others, who would not take part
 
 
 class Objective(nn.Module):
@@ -1600,10 +1614,11 @@ class TrainingState:
 
     def restore_rng(self):
         """Go on with the saved random numbers; where the processes are now more or fewer, with new ones."""
-        if len(self.content["rng"]) != world_size():
+        states, self.content = self.content["rng"], {}       # the rest, gigabytes, has been read
+        if len(states) != world_size():
             torch.manual_seed(1_000_003 * (self.step + 1) + rank())
             return
-        on_cpu, on_gpu = self.content["rng"][rank()]
+        on_cpu, on_gpu = states[rank()]
         torch.set_rng_state(on_cpu)
         if on_gpu is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(on_gpu)
@@ -1709,18 +1724,19 @@ def progress(label, steps, log_file=None, unit="steps", first=0):
     times over the run. Numbers are those of the step, the loss the mean since the last report. first: the step at
     which it starts."""
     start, losses, every = time.perf_counter(), [], max(1, steps // 100)
-    live = sys.stderr.isatty()
+    live, reported = sys.stderr.isatty(), first // every     # in hundredths of the run
 
     def on_step(step, metrics):
+        nonlocal reported
         if "loss" in metrics:
             losses.append(metrics["loss"])
-        done = step + 1
-        if done % every and done != steps:
+        done, before, reported = step + 1, reported, (step + 1) // every
+        if reported == before and done != steps:
             return
         speed = (done - first) / (time.perf_counter() - start)
         loss = f"  loss {sum(losses) / len(losses):.4f}" if losses else ""
         line = f"{label:8} {done}/{steps}{loss}  {speed:.3g} {unit}/s  {(steps - done) / speed:.0f} s left"
-        if rank() == 0 and (live or done == steps or done // every % 10 == 0):
+        if rank() == 0 and (live or done == steps or reported // 10 > before // 10):
             end = "" if live and done < steps else "\n"
             print(f"\r{line:<79}" if live else line, end=end, file=sys.stderr, flush=True)
         if log_file and rank() == 0:
@@ -1753,10 +1769,19 @@ def open_folder(path):
 def write_file(path, write):
     """Call write(file) on a new binary file and put it at `path` only when it is complete and on the disk. Of several
     processes, all of which must call this, the first writes while the others wait."""
-    path = Path(path)
-    if rank() > 0:
-        gather(None)
-        return
+    failed = None
+    try:
+        if rank() == 0:
+            write_whole(Path(path), write)
+    except (OSError, UserError) as error:
+        failed = error
+    told = gather(failed and str(failed))[0]     # a full disk ends all of them
+    if failed or told:
+        raise failed or UserError(told)
+
+
+def write_whole(path, write):
+    """`write_file` in one process."""
     folder, prefix = open_folder(path.parent), f".{path.name}."
     for torn in folder.glob(glob.escape(prefix) + "*"):          # a process killed while it wrote could not clean up
         torn.unlink(missing_ok=True)
@@ -1771,7 +1796,6 @@ def write_file(path, write):
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    gather(None)
 
 
 def save_checkpoint(path, model, sampling, classes, **more):
@@ -1795,7 +1819,7 @@ def read_checkpoint(path, expected=("ema", "config", "sampling", "classes")):
                 raise UserError(f"checkpoint {path} needs the package safetensors: pip install safetensors") from None
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):         # the `args` of official training runs
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except UserError:
         raise
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
@@ -2558,9 +2582,12 @@ def pick_device(name):
     """A torch.device that is there: the named one, else the first GPU, else the CPU. Raises UserError."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)        # whose random numbers are saved and restored
         if device.type == "cuda" and world_size() > 1:       # every process has its own
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             name = str(device)
+            torch.cuda.set_device(device)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError):
         there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -2688,6 +2715,7 @@ def stage_teacher(run):
     if args.teacher:
         print(f"teacher: {args.ckpt}, {len(args.teacher.blocks)} blocks")
         run.save_trained("teacher", state, lambda: args.teacher)
+        args.teacher = None                      # the other stages read the file
         return
     batches = run.batches("teacher", args.seed, state.step)
     model = DiT_models[args.model](input_size=run.shape[1], in_channels=run.shape[0],
@@ -2813,14 +2841,17 @@ def run_stages(args):
     """Run or reuse the stages asked for, in order."""
     start, run = time.perf_counter(), Run(args)
     if "measure" in args.stages and args.inception:          # what it needs is looked at before any work is done
-        F = load_inception(args.inception, run.device)(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))[0].shape[1]
-        saved = read_npz(args.ref, "mu") if args.ref else {}
-        if saved.get("mu", np.zeros(F)).size != F:
-            raise UserError(f"--ref {args.ref} has {saved['mu'].size} features, --inception {args.inception} has {F}")
-        if args.ref and not saved.get("names"):
+        size = load_inception(args.inception, run.device)(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))[0].shape[1]
+        saved = read_npz(args.ref, "mu", "sigma") if args.ref else {}
+        if args.ref and not {"mu", "sigma"} <= saved.keys():
             image_stream(args.ref)
-        if run.data.latent:
-            VAE(args.vae, run.device)
+        elif args.ref and saved["mu"].size != size:
+            raise UserError(f"--ref {args.ref} has {saved['mu'].size} features, --inception {args.inception} {size}")
+        try:
+            if run.data.latent:
+                VAE(args.vae, run.device).decode(torch.zeros(1, *run.shape, device=run.device))
+        except RuntimeError as error:
+            raise UserError(f"--vae {args.vae} does not decode {run.shape}: {str(error).splitlines()[0]}") from None
     stages = {"teacher": stage_teacher, "learn": stage_learn, "recover": stage_recover, "measure": stage_measure}
     needed = list(stages)[:list(stages).index(args.stages[-1]) + 1]
     finished = {stage: run.finished(stage) for stage in needed}              # all are looked at first, too
@@ -2892,7 +2923,7 @@ def checksum(model):
     """Words by which to know the weights of a model again."""
     value = 0
     for weight in model.state_dict().values():
-        value = zlib.crc32(weight.cpu().numpy(), value)
+        value = zlib.crc32(weight.cpu().contiguous().numpy(), value)
     return f"weights of checksum {value:08x}"
 
 
@@ -2902,11 +2933,13 @@ def guarded(prog, body):
         body()
         return 0
     except (UserError, OSError) as error:
-        if not isinstance(error, UserError) or os.environ.get("RANK", "0") == "0":   # all processes say the same
+        alone = not isinstance(error, UserError) or str(error).startswith("process ")
+        if alone or os.environ.get("RANK", "0") == "0":      # before they have met, all processes say the same
             print(f"{prog}: {error}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+        signs = ("can't allocate memory", "not enough memory", "ALLOC_FAILED")
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(s in str(error) for s in signs):
             raise
         print(f"{prog}: out of memory; try --accumulate 2, --checkpointing or a smaller batch", file=sys.stderr)
         return 2
