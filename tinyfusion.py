@@ -2582,13 +2582,12 @@ def pick_device(name):
     """A torch.device that is there: the named one, else the first GPU, else the CPU. Raises UserError."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)        # whose random numbers are saved and restored
         if device.type == "cuda" and world_size() > 1:       # every process has its own
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             name = str(device)
-            torch.cuda.set_device(device)
         torch.zeros(1, device=device).item()
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)        # whose random numbers are saved and restored
     except (RuntimeError, AssertionError, NotImplementedError):
         there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         raise UserError(f"--device {name}: not on this machine; there is {', '.join(there)}") from None
@@ -2602,7 +2601,8 @@ class Run:
         self.args, self.device, self.out = args, pick_device(args.device), open_folder(args.out)
         if self.device.type == "cuda":           # TF32, for what autocast leaves in float32
             torch.set_float32_matmul_precision("high")
-        if args.teacher and args.teacher.in_channels > 3 and not holds_latents(args.data or ""):
+        images = not args.data or (Path(args.data).is_dir() and not holds_latents(args.data))
+        if args.teacher and args.teacher.in_channels > 3 and images:
             raise UserError("--ckpt draws latents, not images: give a folder of latents as --data (--encode makes one)")
         self.data = data = open_data(args.data, args.image_size) if args.data else toy_digits(size=args.image_size)
         if len(data.labels) < max(20, args.batch_size, args.learn_batch_size):
