@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tinyfusion import (VAE, GaussianDiffusion, Parser, UserError, guarded, image_grid, load_checkpoint, nonempty,
+from tinyfusion import (OBJECTIVES, VAE, Parser, UserError, guarded, image_grid, load_checkpoint, nonempty,
                         number, open_folder, pick_device, progress, sample_images, to_uint8, write_file, write_png)
 
 
@@ -36,6 +36,10 @@ def parse_args(argv=None):
     parser.add_argument("--guidance", type=number(float, 0), metavar="X", help="guidance scale (the checkpoint's)")
     parser.add_argument("--steps", type=number(int, 2, 1000), metavar="N", help="sampling steps (the checkpoint's)")
     parser.add_argument("--eta", type=number(float, 0, 1), metavar="X", help="1 is DDPM, 0 is DDIM (the checkpoint's)")
+    parser.add_argument("--objective", choices=tuple(OBJECTIVES), metavar="NAME",
+                        help="ddpm, or flow for official SiT checkpoints, which do not tell (the checkpoint's)")
+    parser.add_argument("--solver", choices=("euler", "heun"), metavar="NAME",
+                        help="of objective flow: euler or heun (the checkpoint's, or heun)")
     parser.add_argument("--seed", type=number(int, 0, 2 ** 31), default=0, metavar="N", help="seed of the noise (0)")
     parser.add_argument("--batch-size", type=number(int, 1), default=100, metavar="N", help="images at once (100)")
     target = parser.add_mutually_exclusive_group()
@@ -94,14 +98,21 @@ def run(args):
     chosen = parse_labels(args.labels, model.num_classes)
     N = args.num_images or 10 * len(chosen)
     labels = torch.tensor([chosen[i % len(chosen)] for i in range(N)], device=device)
-    asked = {key: getattr(args, key) for key in ("steps", "guidance", "eta") if getattr(args, key) is not None}
+    asked = {key: value for key in ("steps", "guidance", "eta", "solver") if (value := getattr(args, key)) is not None}
     if not isinstance(checkpoint["sampling"], dict):
         raise UserError(f"checkpoint {args.ckpt}: its entry sampling is no dict of settings")
+    objective = checkpoint.get("objective", args.objective or "ddpm")
+    if args.objective not in (None, objective) or objective not in OBJECTIVES:
+        raise UserError(f"checkpoint {args.ckpt} was trained with objective {objective}: leave --objective out")
+    other = "solver" if objective == "ddpm" else "eta"
+    if other in asked:
+        raise UserError(f"--{other}: the objective of {args.ckpt} is {objective}, which has none; leave it out")
     sampling = checkpoint["sampling"] | asked | {"dtype": getattr(torch, args.dtype) if args.dtype else None}
+    sampling.pop(other, None)
     if args.compile:
         model.compile()
     batches = torch.arange(N).split(args.batch_size)
-    report, diffusion = progress("images", N, unit="images"), GaussianDiffusion()
+    report, diffusion = progress("images", N, unit="images"), OBJECTIVES[objective]()
     shape = (model.in_channels, model.input_size, model.input_size)
     settings = ", ".join(f"{key} {value}" for key, value in sampling.items() if value is not None)
 

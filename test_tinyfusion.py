@@ -372,6 +372,30 @@ class Heart(unittest.TestCase):
                 tf.prune(model, bad)
 
 
+    def test_the_readmes_own_model_becomes_a_working_shallower_one(self):
+        lines = (HERE / "README.md").read_text().split("## Your own model")[1].split("A test runs these lines")[0]
+        code = [line[4:] for line in lines.splitlines() if line.startswith("    ")]
+        self.assertLessEqual(len(code), 20)
+        torch.manual_seed(0)
+        exec("\n".join(code), names := {})
+        teacher, student = names["teacher"].eval(), names["student"].eval()
+        x = torch.randint(10, (500, 8))
+        with torch.no_grad():
+            right = [(m(x).argmax(2) == x.sort().values).double().mean().item() for m in (teacher, student)]
+            kept = names["sampler"].kept()
+            pruned = tf.prune(names["teacher"], kept, lists=["encoder.layers"])
+            before = (pruned(x).argmax(2) == x.sort().values).double().mean().item()
+        self.assertEqual((len(teacher.encoder.layers), len(student.encoder.layers)), (6, 3))
+        self.assertGreater(min(right), 0.9, right)
+        self.assertGreater(right[1], before)
+
+    def test_blocks_in_several_lists_are_pruned_together(self):
+        model = nn.ModuleDict({name: nn.ModuleList([nn.Linear(2, 2) for _ in range(3)]) for name in "ab"})
+        pruned = tf.prune(model, [0, 2, 4], lists=("a", "b"))
+        self.assertEqual((len(pruned["a"]), len(pruned["b"]), len(model["a"])), (2, 1, 3))
+        self.assertTrue(torch.equal(pruned["b"][0].weight, model["b"][1].weight))
+
+
 class Recovery(unittest.TestCase):
     """Chapter 5: masked knowledge distillation."""
 
@@ -740,6 +764,88 @@ class Diffusion(unittest.TestCase):
             sizes.clear()
             self.d.sample(model, torch.tensor([0, 1]), lambda: torch.randn(2, 1, 8, 8), steps=3, guidance=guidance)
             self.assertEqual(set(sizes), {size})
+
+
+class Flow(unittest.TestCase):
+    """The second objective of chapter 2: SiT."""
+
+    def test_points_and_losses_are_the_published_ones(self):
+        """x_t = t data + (1 - t) noise; the velocity is data - noise; the second half of the output is not used."""
+        flow, model = tf.FlowMatching(), tiny_dit()
+        x0, noise, t, y = torch.randn(5, 1, 8, 8), torch.randn(5, 1, 8, 8), torch.rand(5), torch.tensor([0, 1, 2, 3, 0])
+        x_t = torch.stack([t[i] * x0[i] + (1 - t[i]) * noise[i] for i in range(5)])
+        torch.testing.assert_close(flow.q_sample(x0, t, noise), x_t)
+        with torch.no_grad():
+            out = model(x_t, t, y)  # t as it is, not times 1000
+            expected = ((out[:, :1] - (x0 - noise)) ** 2).mean((1, 2, 3))
+            torch.testing.assert_close(flow.training_losses(model, x0, t, y, noise)["loss"], expected)
+            other = torch.cat([out[:, :1] + 0.5, 7 * out[:, 1:]], 1)
+            torch.testing.assert_close(flow.distillation_losses(other, out, x_t, t), torch.full((5,), 0.25))
+        self.assertTrue(0 <= flow.sample_t(1000).min() < 0.01 and 0.99 < flow.sample_t(1000).max() <= 1)
+
+    def test_min_snr_weighs_the_velocity_as_it_weighs_the_noise(self):
+        t, v, v_hat = torch.rand(50) * 0.98 + 0.01, torch.randn(50), torch.randn(50)
+        x_t, snr = torch.randn(50), t**2 / (1 - t) ** 2
+        eps, eps_hat = x_t - t * v, x_t - t * v_hat
+        expected = snr.clamp(max=5) / snr * (eps - eps_hat) ** 2
+        torch.testing.assert_close(tf.FlowMatching().snr_weight(t, 5.0) * (v - v_hat) ** 2, expected, rtol=1e-3, atol=1e-5)
+
+    def test_euler_and_heun_follow_the_equation_and_converge_with_their_orders(self):
+        """For Gaussian data N(2, 0.5^2) the velocity is known, and so is where every noise must end."""
+        m, s = 2.0, 0.5
+
+        class Exact:
+            num_classes = 1
+
+            def __call__(self, x, t, y):
+                t = t.double()
+                return m + (t * s**2 - (1 - t)) / (t**2 * s**2 + (1 - t) ** 2) * (x - t * m)
+
+        z, errors = torch.randn(200, 1, 1, 1, generator=torch.Generator().manual_seed(0)).double(), {}
+        for solver, order in (("euler", 1), ("heun", 2)):
+            for steps in (20, 40):
+                with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
+                    x = tf.FlowMatching().sample(Exact(), torch.zeros(200), lambda: z, steps, solver=solver)
+                errors[steps] = (x - (m + s * z)).abs().max().item()
+            self.assertTrue(0.8 < math.log2(errors[20] / errors[40]) / order < 1.2, errors)
+        self.assertLess(errors[40], 1e-2)
+        with self.assertRaisesRegex(ValueError, "euler or heun"):
+            tf.FlowMatching().sample(Exact(), torch.zeros(1), lambda: z, 2, solver="rk4")
+
+    def test_samples_agree_with_a_plain_integration_under_guidance(self):
+        model, y, z = tiny_dit(in_channels=4), torch.tensor([0, 2]), torch.randn(2, 4, 8, 8)
+
+        def v(x, t):
+            cond, uncond = (model(x, torch.full((2,), t), label)[:, :4] for label in (y, torch.tensor([3, 3])))
+            return torch.cat([(uncond + 1.5 * (cond - uncond))[:, :3], cond[:, 3:]], 1)
+
+        with torch.no_grad():
+            euler, heun = z, z
+            for i in range(5):
+                euler = euler + v(euler, i / 5) / 5
+                guess = heun + v(heun, i / 5) / 5
+                heun = heun + (v(heun, i / 5) + v(guess, (i + 1) / 5)) / 10
+        for solver, expected in (("euler", euler), ("heun", heun)):
+            x = tf.FlowMatching().sample(model, y, lambda: z, 5, 1.5, solver)
+            torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-4)
+
+    def test_the_method_runs_on_it_unchanged(self):
+        """Learning, pruning, recovery and the criteria know no objective."""
+        torch.manual_seed(0)
+        flow, teacher, data = tf.FlowMatching(), tiny_dit(), tf.toy_digits(40, size=8)
+        data.labels %= 3
+        loss_fn = tf.masked_denoising(flow, tf.data_batches(data, 8, 0), snr_gamma=5.0)
+        sampler, _ = tf.learn_layers(teacher, loss_fn, [(1, 2)] * 2, 3)
+        betas, kept = [], sampler.kept()
+        with mock.patch.object(tf, "recovery_loss", wraps=tf.recovery_loss) as loss:
+            pairs = tf.match_blocks(sampler.groups, kept)
+            tf.recover(tf.prune(teacher, kept), teacher, flow, tf.data_batches(data, 8, 0), pairs, 3)
+            betas = [call.args[7] for call in loss.call_args_list]
+        np.testing.assert_allclose(betas, [2e-4, 1e-4, 0])
+        examples = tf.fixed_examples(flow, data, n=16)
+        self.assertTrue(all(0 < t.min() and t.max() < 1 for _, _, t, _ in examples))
+        for name in ("shortgpt", "flux-lite", "sensitivity", "random-lowest"):
+            self.assertEqual(len(tf.CRITERIA[name](teacher, [(1, 2)] * 2, flow, examples)), 2)
 
 
 class Measuring(unittest.TestCase):
@@ -1918,6 +2024,31 @@ class CommandLine(unittest.TestCase):
         pixels = tf.DiT_models["toy"](input_size=16, in_channels=3, num_classes=10, depth=2)
         torch.save(pixels.state_dict(), self.folder / "official.pt")
         self.assertIn("--ckpt is for 10 classes of (3, 16, 16)", status_and_words(tf.main, digits)[1])
+
+    def test_flow_matching_runs_from_the_command_line_and_its_checkpoints_tell(self):
+        run = ["--out", str(self.folder / "flow"), "--objective", "flow"]
+        with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(io.StringIO()):
+            self.assertEqual(tf.main([*self.TINY, *run]), 0)
+        self.assertIn("solver heun", said.getvalue())
+        student = str(self.folder / "flow" / "student.pt")
+        content = torch.load(student, weights_only=True)
+        self.assertEqual((content["objective"], content["sampling"]["solver"]), ("flow", "heun"))
+        torch.save(content["ema"], self.folder / "official.pt")  # the layout of official SiT checkpoints
+        drawn = []
+        for more in (["--ckpt", student], ["--ckpt", str(self.folder / "official.pt"), "--objective", "flow"]):
+            out, flags = self.folder / f"{len(drawn)}.npz", ["--steps", "3", "--guidance", "1.5", "--solver", "euler"]
+            self.assertEqual(status_and_words(sample.main, [*more, *flags, "--npz", str(out)])[0], 0)
+            drawn.append(np.load(out, allow_pickle=False)["arr_0"])
+        self.assertLessEqual(np.abs(np.subtract(*drawn, dtype=int)).max(), 1)
+        for main, arguments, reason in (
+            (sample.main, ["--ckpt", student, "--objective", "ddpm"], "trained with objective flow"),
+            (sample.main, ["--ckpt", student, "--eta", "0"], "objective of"),
+            (tf.main, ["--ckpt", student, "--groups", "1:2"], "give that"),
+            (tf.main, [*run, "--eta", "0"], "--eta is of --objective ddpm"),
+            (tf.main, ["--solver", "euler"], "--solver is of --objective flow"),
+        ):
+            status, words = status_and_words(main, arguments)
+            self.assertEqual((status, words.count("\n"), reason in words), (2, 1, True), words)
 
     def test_two_processes_run_the_whole_story_and_draw_the_images_of_one(self):
         run, killed = self.folder / "two", self.folder / "killed"

@@ -331,6 +331,10 @@ DiT_models = {                                   # DiT_models["DiT-XL/2"](input_
 # between the smallest and the largest sensible value (arXiv:2102.09672). Classifier-free guidance (arXiv:2207.12598)
 # exaggerates what a class changes in the prediction: clearer images, less variety. Schedule and losses have the
 # official code's values.
+#
+# SiT (arXiv:2401.08740) is the same network with another objective, flow matching: x_t lies on the straight line from
+# noise to image, and the model predicts the velocity along it. The two classes of this chapter have the same calls;
+# nothing else in this file asks which one it has.
 # ---------------------------------------------------------------------------------------------------------------------
 
 def mean_flat(x):
@@ -361,12 +365,22 @@ def autocast(device, dtype=None):
     return torch.autocast(device.type, dtype if dtype != torch.float32 else None, enabled=dtype != torch.float32)
 
 
+def guided(model, x, t, y, guidance=1.0, cfg_channels=3):
+    """What `model` says of x (B, C, H, W) under guidance, (B, out_channels, H, W): 1 asks it once, for the labels y
+    (B,); anything else also for no class, in one batch (`DiT.forward_with_cfg`)."""
+    if guidance == 1:
+        return model(x, t, y)
+    both = torch.cat([x, x]), t, torch.cat([y, torch.full_like(y, model.num_classes)])
+    return model.forward_with_cfg(*both, guidance, cfg_channels)[:len(x)]
+
+
 class GaussianDiffusion:
     """The noising process and everything computed from its schedule. betas (1000,) by default linear, 1e-4 to 2e-2.
 
     `timestep_map[i]` is the timestep that the model is told at step i: i itself, or, after `respaced`, the step of the
     full process it stands for. Source: openai/improved-diffusion and facebookresearch/DiT, diffusion/.
     """
+    feature_weight = 1e-2      # the paper's first weight of the features in masked KD (Chapter 5)
 
     def __init__(self, betas=None, timestep_map=None):
         betas = np.linspace(1e-4, 2e-2, 1000) if betas is None else np.asarray(betas, dtype=np.float64)
@@ -398,9 +412,15 @@ class GaussianDiffusion:
         """Training timesteps (B,), uniform."""
         return torch.randint(self.num_timesteps, (batch_size,), device=device)
 
-    def snr(self, t):
-        """The signal-to-noise ratio abar_t / (1 - abar_t), (B,), at timesteps t (B,)."""
-        return self._at("snr", t, t)
+    def spread_t(self, n, device=None):
+        """n timesteps (n,), evenly spread."""
+        return torch.linspace(0, self.num_timesteps - 1, n).long().to(device)
+
+    def snr_weight(self, t, gamma):
+        """min-SNR weights (B,) of the loss at timesteps t (B,): min(SNR, gamma) / SNR, with SNR the signal-to-noise
+        ratio abar_t / (1 - abar_t). Source: arXiv:2303.09556."""
+        snr = self._at("snr", t, t)
+        return snr.clamp(max=gamma) / snr
 
     def q_sample(self, x0, t, noise):
         """The noisy image x_t (B, C, H, W) = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise."""
@@ -484,16 +504,11 @@ class GaussianDiffusion:
         """
         process = self.respaced(steps)
         x = draw()
-        null = torch.full_like(y, model.num_classes) if guidance != 1 else None
         for i in reversed(range(steps)):
             index = torch.full((1,), i, device=y.device)
             t = torch.full((1,), int(process.timestep_map[i]), device=y.device)     # one t for all: embedded once
             with autocast(y.device, dtype):
-                if guidance == 1:
-                    out = model(x, t, y)
-                else:
-                    both = torch.cat([x, x]), t, torch.cat([y, null])
-                    out = model.forward_with_cfg(*both, guidance, cfg_channels)[:len(x)]
+                out = guided(model, x, t, y, guidance, cfg_channels)
             p = process.p_mean_variance(out.float(), x, index, clip_denoised)
             # One step for DDPM and DDIM: x_{t-1} = sqrt(abar') x0 + sqrt(1 - abar' - sigma^2) eps + sigma z, with
             # sigma = eta * the posterior's. At eta = 1 the first two terms are the posterior mean, and z gets the
@@ -505,6 +520,72 @@ class GaussianDiffusion:
             if eta > 0 and i > 0:
                 x = x + (torch.exp(0.5 * p["log_variance"]) if eta == 1 else sigma) * draw()
         return x
+
+
+class FlowMatching:
+    """The linear interpolant of SiT, with the calls of `GaussianDiffusion`: x_t = t x0 + (1 - t) noise, with t from 0,
+    noise, to 1, the image x0. The model is told t and predicts the velocity x0 - noise, in the first of its output
+    channels; the second half, which official SiT checkpoints have, is not used. Source: arXiv:2401.08740."""
+    feature_weight = 2e-4      # the paper's, for SiT
+
+    def sample_t(self, batch_size, device=None):
+        """Training times (B,), uniform in [0, 1]."""
+        return torch.rand(batch_size, device=device)
+
+    def spread_t(self, n, device=None):
+        """n times (n,), evenly spread."""
+        return ((torch.arange(n) + 0.5) / n).to(device)
+
+    def snr_weight(self, t, gamma):
+        """min-SNR weights (B,), as for `GaussianDiffusion`, with SNR = t^2 / (1 - t)^2. The error of the noise is t
+        times that of the velocity; so min(SNR, gamma) / SNR of the noise's loss is this of the velocity's."""
+        return torch.minimum(t ** 2, gamma * (1 - t) ** 2)
+
+    def q_sample(self, x0, t, noise):
+        """The point x_t (B, C, H, W) on the line from noise to image."""
+        t = t.view(-1, *[1] * (x0.dim() - 1))
+        return t * x0 + (1 - t) * noise
+
+    def training_losses(self, model, x0, t, y, noise=None):
+        """Per-example losses of `model(x_t, t, y)`: a dict of `mse` and `loss`, the same, each (B,)."""
+        noise = torch.randn_like(x0) if noise is None else noise
+        x_t = self.q_sample(x0, t, noise)
+        return self.losses(model(x_t, t, y), x0, x_t, t, noise)
+
+    def losses(self, model_output, x0, x_t, t, noise):
+        """`training_losses` for an output that is already there, in float32 whatever the output is in."""
+        mse = mean_flat((x0 - noise - model_output[:, :x0.shape[1]].float()) ** 2)
+        return {"mse": mse, "loss": mse}
+
+    def distillation_losses(self, student_output, teacher_output, x_t, t):
+        """Per-example mean squared error (B,) of two models' velocities at the same x_t and t."""
+        C = x_t.shape[1]
+        return mean_flat((student_output[:, :C].float() - teacher_output[:, :C].float()) ** 2)
+
+    @torch.inference_mode()
+    def sample(self, model, y, draw, steps=250, guidance=1.0, solver="heun", clip_denoised=False, cfg_channels=3,
+               dtype=None):
+        """Images (B, C, H, W) of the classes y (B,): dx/dt = velocity, from noise at t = 0 to t = 1 in even steps.
+        solver: "euler", or "heun", which asks the model twice a step and corrects the step by the velocity at its end.
+        Raises ValueError for another one. The rest as for `GaussianDiffusion.sample`."""
+        if solver not in ("euler", "heun"):
+            raise ValueError(f"solver {solver!r}: expected euler or heun")
+
+        def velocity(x, t):
+            with autocast(y.device, dtype):
+                out = guided(model, x, torch.full((1,), t, device=y.device), y, guidance, cfg_channels)
+            return out[:, :x.shape[1]].float()
+
+        x, h = draw(), 1 / steps
+        for i in range(steps):
+            v = velocity(x, i * h)
+            if solver == "heun":
+                v = (v + velocity(x + h * v, (i + 1) * h)) / 2
+            x = x + h * v
+        return x.clamp(-1, 1) if clip_denoised else x
+
+
+OBJECTIVES = {"ddpm": GaussianDiffusion, "flow": FlowMatching}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -759,29 +840,32 @@ def masked_denoising(diffusion, batches, dropped_share=1.0, snr_gamma=math.inf):
     """The loss_fn of `learn_layers` for a diffusion model: the denoising loss of the next of `batches`, (x0, y), every
     example under a mask of its own. dropped_share as in `masked_forward`.
 
-    snr_gamma: a finite one weights timesteps by min(SNR, gamma) / SNR (min-SNR, arXiv:2303.09556), where SNR is
-    abar / (1 - abar): the last traces of noise, hard to predict and hardly seen in a drawn image, count for less."""
+    snr_gamma: a finite one weights timesteps by `snr_weight` (min-SNR): the last traces of noise, hard to predict and
+    hardly seen in a drawn image, count for less."""
     def loss_fn(model, sample_mask):
         x0, y = next(batches)
         t = diffusion.sample_t(len(x0), x0.device)
         masked = functools.partial(model, mask=sample_mask(len(x0)), dropped_share=dropped_share)
-        snr = diffusion.snr(t)
-        return (snr.clamp(max=snr_gamma) / snr * diffusion.training_losses(masked, x0, t, y)["loss"]).mean()
+        weight = diffusion.snr_weight(t, snr_gamma) if snr_gamma < math.inf else 1
+        return (weight * diffusion.training_losses(masked, x0, t, y)["loss"]).mean()
     return loss_fn
 
 
-def prune(model, kept):
+def prune(model, kept, lists=("blocks",)):
     """A shallower copy of `model`: only the blocks numbered in `kept`, everything else the same, weights untouched.
 
-    Works on any module with a ModuleList `blocks`. Raises ValueError unless `kept` is ascending, within the depth.
-    Source: the paper; dPhi is not in the result."""
-    kept, depth = [int(i) for i in kept], len(model.blocks)
-    if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= depth:
-        raise ValueError(f"kept blocks {kept}: expected different numbers from 0 to {depth - 1}, ascending")
-    shell = copy.copy(model)                     # shares everything; only its table of submodules becomes its own,
-    shell._modules = dict(model._modules)        # so that dropped blocks are never copied
-    shell.blocks = nn.ModuleList([model.blocks[i] for i in kept])
-    return copy.deepcopy(shell)
+    lists: the names of the ModuleLists that hold the blocks, numbered through them, such as "encoder.layers". Raises
+    ValueError unless `kept` is ascending, within the depth. Source: the paper; dPhi is not in the result."""
+    kept, blocks = [int(i) for i in kept], [block for name in lists for block in model.get_submodule(name)]
+    if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= len(blocks):
+        raise ValueError(f"kept blocks {kept}: expected different numbers from 0 to {len(blocks) - 1}, ascending")
+    gone = nn.Identity()                         # deepcopy takes it for the copy of a dropped block, and copies none
+    pruned = copy.deepcopy(model, {id(block): gone for i, block in enumerate(blocks) if i not in kept})
+    for name in lists:
+        owner, _, own = name.rpartition(".")
+        left = nn.ModuleList([block for block in pruned.get_submodule(name) if block is not gone])
+        setattr(pruned.get_submodule(owner), own, left)
+    return pruned
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -867,13 +951,14 @@ def recovery_loss(student, teacher, diffusion, x0, y, pairs, kd="masked", beta=1
     return loss, parts
 
 
-def recover(student, teacher, diffusion, batches, pairs, steps, *, kd="masked", beta=1e-2, k=2.0, lr=2e-4,
+def recover(student, teacher, diffusion, batches, pairs, steps, *, kd="masked", beta=None, k=2.0, lr=2e-4,
             final_lr_ratio=0.5, warmup=0, ema_decay=0.9999, **loop):
     """Fine-tune a pruned `student`, in place, with its `teacher`; returns the EMA of its weights as a model.
 
-    batches: an iterator of (x0, y). beta falls linearly from its value to 0 over the steps. `kd` as in `recovery_loss`;
-    loop: more arguments of `train`, such as on_step and state.
+    batches: an iterator of (x0, y). beta falls linearly to 0 over the steps, from diffusion.feature_weight where it is
+    not told. `kd` as in `recovery_loss`; loop: more arguments of `train`, such as on_step and state.
     Defaults are the paper's for DiT-XL (lr 2e-4, cosine to 1e-4). Raises ValueError as `recovery_loss` does."""
+    beta = diffusion.feature_weight if beta is None else beta
     teacher.eval()
     student.train()
     student.y_embedder.eval()                    # recovery_loss drops labels, for both models at once
@@ -2063,7 +2148,7 @@ def fixed_examples(diffusion, data, n=512, seed=0, device="cpu", batch_size=128)
     fewer images), the same at every call, on which models can be compared without training them. The timesteps are
     spread evenly. data: an ImageSet or a LatentSet."""
     x0, y = next(data_batches(data, n, seed, device))
-    t = torch.linspace(0, diffusion.num_timesteps - 1, len(y)).long().to(device)
+    t = diffusion.spread_t(len(y), device)
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(device)
     return list(zip(*(values.split(batch_size) for values in (x0, y, t, noise))))
 
@@ -2458,6 +2543,8 @@ FLAGS = [
     ("--model NAME", tuple(DiT_models), "toy", "teacher", f"one of {', '.join(DiT_models)}"),
     ("--ckpt FILE", nonempty, None, "teacher",
      "start from this teacher, official or ours, instead of training one; --model is told from it"),
+    ("--objective NAME", tuple(OBJECTIVES), "ddpm", "teacher",
+     "ddpm, as DiT, or flow, as SiT, whose official checkpoints do not tell"),
     ("--data DIR", nonempty, None, "teacher",
      "folder of images, one sub-folder per class, or of latents; without it, drawn digits"),
     ("--image-size N", number(int, 4), None, "teacher",
@@ -2488,7 +2575,8 @@ FLAGS = [
     ("--samples N", number(int, 10), (500, 50_000, 500), "measure", "images drawn from each model to measure it"),
     ("--sample-steps N", number(int, 2, 1000), (50, 250, 25), "measure", "sampling steps per image"),
     ("--guidance X", number(float, 0), 1.5, "measure", "classifier-free guidance scale; 1 is without"),
-    ("--eta X", number(float, 0, 1), 1.0, "measure", "1 samples by DDPM, 0 by DDIM"),
+    ("--eta X", number(float, 0, 1), 1.0, "measure", "objective ddpm: 1 samples by DDPM, 0 by DDIM"),
+    ("--solver NAME", ("euler", "heun"), "heun", "measure", "objective flow: euler, or heun, two model calls a step"),
     ("--vae NAME", nonempty, None, "measure", "autoencoder of latents, on Hugging Face or a folder (needs diffusers)"),
     ("--inception FILE", nonempty, None, "measure", "measure FID by this TorchScript network, instead of toy-FID"),
     ("--ref PATH", nonempty, None, "measure",
@@ -2533,6 +2621,8 @@ def parse_args(argv=None):
             parser.error("--ckpt and --model: give one of them; the size is told from the checkpoint")
         args.teacher, content = load_checkpoint(args.ckpt)
         build, args.classes = args.teacher.config(), content["classes"]
+        if content.get("objective", args.objective) != args.objective:
+            parser.error(f"--ckpt was trained with --objective {content['objective']}: give that")
         args.model = next((name for name, model in DiT_models.items()
                            if model.keywords["hidden_size"] == build["hidden_size"]), "of --ckpt")
         args.image_size = args.image_size or build["input_size"]
@@ -2565,6 +2655,9 @@ def parse_args(argv=None):
                 "compile", "inception", "ref", "vae") if getattr(args, name) != parser.get_default(name)]
     if args.compare and changed:
         parser.error(f"--compare sets these itself, or has no use for them: leave out {', '.join(changed)}")
+    for name, objective in (("eta", "ddpm"), ("solver", "flow")):
+        if args.objective != objective and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} is of --objective {objective}: leave it out")
     for flag, other in (("quick", "compare"), ("save_stats", "fid"), ("encode", "vae"), ("inception", "measure")):
         if getattr(args, flag) and not getattr(args, other):
             parser.error(f"--{flag.replace('_', '-')} goes with --{other}")
@@ -2626,9 +2719,9 @@ class Run:
         args.device = str(self.device) if world_size() == 1 else f"{world_size()} processes on {self.device.type}"
         args.data = f"{Path(args.data).resolve() if args.data else 'drawn digits'}, {data.describe()}"
         self.groups = parse_groups(args.groups, config["depth"])
-        self.diffusion = GaussianDiffusion()
-        self.sampling = {"steps": args.sample_steps, "guidance": args.guidance, "eta": args.eta,
-                         "clip_denoised": not data.latent}
+        self.diffusion = OBJECTIVES[args.objective]()
+        self.sampling = {"steps": args.sample_steps, "guidance": args.guidance, "clip_denoised": not data.latent} | (
+            {"eta": args.eta} if args.objective == "ddpm" else {"solver": args.solver})
 
     def path(self, stage):
         return self.out / RESULTS[stage]
@@ -2698,7 +2791,7 @@ class Run:
     def save_trained(self, stage, state, fit, **more):
         """Save the model that fit() trains as the stage's result, and remove its `state`. Where the loss is not finite,
         save the weights from before that as STAGE-stopped.pt and raise UserError."""
-        more |= {"settings": self.settings(stage)}
+        more |= {"settings": self.settings(stage), "objective": self.args.objective}
         try:
             save_checkpoint(self.path(stage), fit(), self.sampling, self.classes, **more)
         except NonFiniteLoss as stop:
@@ -2726,7 +2819,7 @@ def stage_teacher(run):
     def loss(step):
         x0, y = next(batches)
         terms = run.diffusion.training_losses(model, x0, run.diffusion.sample_t(len(x0), run.device), y)
-        return terms["loss"].mean(), {"mse": terms["mse"].mean(), "vb": terms["vb"].mean()}
+        return terms["loss"].mean(), {name: term.mean() for name, term in terms.items() if name != "loss"}
 
     steps = args.teacher_steps
     run.save_trained("teacher", state, lambda: train(
@@ -2833,8 +2926,9 @@ def print_results(results):
 
 def conditions(settings):
     """What the figures were measured with, in words: a FID means nothing without."""
+    sampler = "eta" if settings["--objective"] == "ddpm" else "solver"
     return ", ".join(f"{name} {settings['--' + name]}" for name in
-                     ("samples", "sample-steps", "guidance", "eta", "seed", "device"))
+                     ("samples", "sample-steps", "guidance", sampler, "seed", "device"))
 
 
 def run_stages(args):
