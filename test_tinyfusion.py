@@ -371,7 +371,6 @@ class Heart(unittest.TestCase):
             with self.assertRaisesRegex(ValueError, "expected"):
                 tf.prune(model, bad)
 
-
     def test_the_readmes_own_model_becomes_a_working_shallower_one(self):
         lines = (HERE / "README.md").read_text().split("## Your own model")[1].split("A test runs these lines")[0]
         code = [line[4:] for line in lines.splitlines() if line.startswith("    ")]
@@ -788,7 +787,9 @@ class Flow(unittest.TestCase):
         x_t, snr = torch.randn(50), t**2 / (1 - t) ** 2
         eps, eps_hat = x_t - t * v, x_t - t * v_hat
         expected = snr.clamp(max=5) / snr * (eps - eps_hat) ** 2
-        torch.testing.assert_close(tf.FlowMatching().snr_weight(t, 5.0) * (v - v_hat) ** 2, expected, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(
+            tf.FlowMatching().snr_weight(t, 5.0) * (v - v_hat) ** 2, expected, rtol=1e-3, atol=1e-5
+        )
 
     def test_euler_and_heun_follow_the_equation_and_converge_with_their_orders(self):
         """For Gaussian data N(2, 0.5^2) the velocity is known, and so is where every noise must end."""
@@ -1088,8 +1089,9 @@ class Data(unittest.TestCase):
         self.assertEqual(len(torch.cat(ys[:3]).unique()), 9)
         self.assertFalse(torch.equal(torch.cat(ys[:3]), torch.cat(ys[3:6])))
         for start in (1, 3, 7):
-            self.assertTrue(torch.equal(next(tf.data_batches(tf.ImageSet(images, labels, []), 3, 1, start=start))[1], ys[start]))
-
+            self.assertTrue(
+                torch.equal(next(tf.data_batches(tf.ImageSet(images, labels, []), 3, 1, start=start))[1], ys[start])
+            )
 
     def latents(self, n=20):
         """A folder with the pair of files, and one in the public layout, of the same latents: 2 i + m in the middle."""
@@ -1185,7 +1187,9 @@ class Data(unittest.TestCase):
         self.assertEqual(results[0], results[1])
         data = tf.open_data(out, 8)
         self.assertEqual((data.shape, data.labels.bincount().tolist()), ((4, 4, 4), [10, 9, 9]))
-        x, flipped = (ToyVAE().decode(data.read(torch.arange(28), torch.full((28,), m)))[:, :, ::8, ::8] for m in (0, 1))
+        x, flipped = (
+            ToyVAE().decode(data.read(torch.arange(28), torch.full((28,), m)))[:, :, ::8, ::8] for m in (0, 1)
+        )
         image = torch.tensor(tf.read_image(sorted((self.folder / "a").iterdir())[0], 32)).permute(2, 0, 1)
         self.assertLess((x[0].float() - image[:, ::8, ::8]).abs().max(), 8)
         self.assertLess((flipped[0].float() - image.flip(2)[:, ::8, ::8]).abs().max(), 8)
@@ -1391,7 +1395,11 @@ class Training(unittest.TestCase):
         def fail(error):
             raise error
 
-        for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")):
+        for error in (
+            MemoryError(),
+            torch.OutOfMemoryError("CUDA out of memory"),
+            RuntimeError("can't allocate memory"),
+        ):
             self.assertIn("--accumulate", status_and_words(lambda _: tf.guarded("x", lambda: fail(error)), [])[1])
         with self.assertRaisesRegex(RuntimeError, "illegal memory access"):
             tf.guarded("x", lambda: fail(RuntimeError("CUDA error: an illegal memory access was encountered")))
@@ -1989,7 +1997,9 @@ class CommandLine(unittest.TestCase):
                     self.assertEqual(status, 0, words.getvalue())
         for name, weight in tf.load_checkpoint(out / "teacher.pt")[0].state_dict().items():
             self.assertTrue(torch.equal(weight, model.state_dict()[name]), name)
-        self.assertEqual([len(tf.load_checkpoint(self.folder / r / "student.pt")[0].blocks) for r in ("d4", "d2")], [4, 2])
+        self.assertEqual(
+            [len(tf.load_checkpoint(self.folder / r / "student.pt")[0].blocks) for r in ("d4", "d2")], [4, 2]
+        )
         for part in ("| FID | IS |", "sample-steps 2, guidance 1.5", "Features of net.pt", "| student | 4 |"):
             self.assertIn(part, " ".join(said.getvalue().split()))
         kept = json.loads((out / "results.json").read_text())["rows"]

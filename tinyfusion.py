@@ -2483,7 +2483,7 @@ COMPARISONS = {"criteria": compare_criteria, "groups": compare_groups, "recovery
 #
 # Four stages, each with one result in the output folder. A result carries the settings it was made with: found again
 # with the same ones it is reused; with others, the run stops before it does anything. A stage that was stopped goes on.
-# --compare trains the teacher if need be, and then goes to the laboratory instead.
+# --compare trains the teacher if need be, and then goes to the laboratory instead. --encode and --fid stand alone.
 # ---------------------------------------------------------------------------------------------------------------------
 
 MODELS = ("teacher", "pruned", "student")
