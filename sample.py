@@ -21,8 +21,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tinyfusion import (OBJECTIVES, VAE, Parser, UserError, guarded, image_grid, load_checkpoint, nonempty,
-                        number, open_folder, pick_device, progress, sample_images, to_uint8, write_file, write_png)
+from tinyfusion import (OBJECTIVES, VAE, Parser, UserError, guarded, image_grid, load_checkpoint, nonempty, number,
+                        objective_of, open_folder, pick_device, progress, sample_images, to_uint8, tune_blocks,
+                        write_file, write_png)
 
 
 def parse_args(argv=None):
@@ -36,10 +37,14 @@ def parse_args(argv=None):
     parser.add_argument("--guidance", type=number(float, 0), metavar="X", help="guidance scale (the checkpoint's)")
     parser.add_argument("--steps", type=number(int, 2, 1000), metavar="N", help="sampling steps (the checkpoint's)")
     parser.add_argument("--eta", type=number(float, 0, 1), metavar="X", help="1 is DDPM, 0 is DDIM (the checkpoint's)")
-    parser.add_argument("--objective", choices=tuple(OBJECTIVES), metavar="NAME",
+    parser.add_argument("--objective", choices=("ddpm", "flow"), metavar="NAME",
                         help="ddpm, or flow for official SiT checkpoints, which do not tell (the checkpoint's)")
     parser.add_argument("--solver", choices=("euler", "heun"), metavar="NAME",
                         help="of objective flow: euler or heun (the checkpoint's, or heun)")
+    parser.add_argument("--head-steps", type=number(int, 2, 1000), metavar="N",
+                        help="of a MAR: steps of its head's diffusion (the checkpoint's)")
+    parser.add_argument("--temperature", type=number(float, 0), metavar="X",
+                        help="of a MAR: a factor of the noise in them (the checkpoint's)")
     parser.add_argument("--seed", type=number(int, 0, 2 ** 31), default=0, metavar="N", help="seed of the noise (0)")
     parser.add_argument("--batch-size", type=number(int, 1), default=100, metavar="N", help="images at once (100)")
     target = parser.add_mutually_exclusive_group()
@@ -47,7 +52,7 @@ def parse_args(argv=None):
     target.add_argument("--npz", type=nonempty, metavar="FILE", help="instead an ADM batch: arr_0, uint8, NHWC")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), metavar="NAME",
                         help="matrix products in float32 or bfloat16 (bfloat16 on CUDA, float32 elsewhere)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the model: a slow start, faster images")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks: a slow start, faster images")
     parser.add_argument("--device", type=nonempty, metavar="NAME", help="cpu, cuda ... (the first GPU if there is one)")
     return parser.parse_args(argv)
 
@@ -98,21 +103,23 @@ def run(args):
     chosen = parse_labels(args.labels, model.num_classes)
     N = args.num_images or 10 * len(chosen)
     labels = torch.tensor([chosen[i % len(chosen)] for i in range(N)], device=device)
-    asked = {key: value for key in ("steps", "guidance", "eta", "solver") if (value := getattr(args, key)) is not None}
-    if not isinstance(checkpoint["sampling"], dict):
-        raise UserError(f"checkpoint {args.ckpt}: its entry sampling is no dict of settings")
-    objective = checkpoint.get("objective", args.objective or "ddpm")
+    objective = "mar" if model.objective == "mar" else checkpoint.get("objective", args.objective or "ddpm")
     if args.objective not in (None, objective) or objective not in OBJECTIVES:
         raise UserError(f"checkpoint {args.ckpt} was trained with objective {objective}: leave --objective out")
-    other = "solver" if objective == "ddpm" else "eta"
-    if other in asked:
-        raise UserError(f"--{other}: the objective of {args.ckpt} is {objective}, which has none; leave it out")
+    options = [name for kind in OBJECTIVES.values() for name in kind.options]
+    asked = {key: value for key in ("steps", "guidance", *options) if (value := getattr(args, key)) is not None}
+    others = set(options) - set(OBJECTIVES[objective].options)
+    if others & asked.keys():
+        flag = (others & asked.keys()).pop().replace("_", "-")
+        raise UserError(f"--{flag}: the objective of {args.ckpt} is {objective}, which has none; leave it out")
+    if not isinstance(checkpoint["sampling"], dict):
+        raise UserError(f"checkpoint {args.ckpt}: its entry sampling is no dict of settings")
     sampling = checkpoint["sampling"] | asked | {"dtype": getattr(torch, args.dtype) if args.dtype else None}
-    sampling.pop(other, None)
+    sampling = {key: value for key, value in sampling.items() if key not in others}
     if args.compile:
-        model.compile()
+        tune_blocks(model, compile=True)
     batches = torch.arange(N).split(args.batch_size)
-    report, diffusion = progress("images", N, unit="images"), OBJECTIVES[objective]()
+    report, diffusion = progress("images", N, unit="images"), objective_of(objective, model)
     shape = (model.in_channels, model.input_size, model.input_size)
     settings = ", ".join(f"{key} {value}" for key, value in sampling.items() if value is not None)
 

@@ -57,6 +57,17 @@ def tiny_dit(depth=4, **more):
     return model.eval()
 
 
+def tiny_mar(**more):
+    """A MAR that a test can afford: 2 + 2 blocks, 16 tokens of 4 numbers, weights that do something."""
+    torch.manual_seed(0)
+    sizes = {"input_size": 8, "patch_size": 2, "in_channels": 1, "hidden_size": 16, "num_heads": 2, "num_classes": 3}
+    head = {"encoder_depth": 2, "decoder_depth": 2, "buffer_size": 3, "diffloss_w": 12, "diffloss_d": 2, "dropout": 0.0}
+    model = tf.MAR(**sizes | head | more)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.2)
+    return model.eval()
+
+
 def dense_forward(blocks, x, mask, *args):
     """The definition, x <- m * block(x) + (1 - m) * x, word for word: the oracle of `masked_forward`."""
     for i, block in enumerate(blocks):
@@ -459,6 +470,10 @@ class Recovery(unittest.TestCase):
             self.assertTrue(torch.equal(ours, theirs))
             self.assertTrue(10 < (ours == 3).sum() < 54)
 
+    def test_no_pair_of_blocks_lies_in_an_encoder_and_a_decoder(self):
+        self.assertEqual(tf.match_blocks([(1, 2)] * 3, [0, 2, 5], cuts=(3,)), [(0, 1), (1, 2), (2, 5)])
+        self.assertEqual(tf.match_blocks([(1, 2)] * 3, [0, 3, 5], cuts=(3,)), [(0, 1), (1, 3), (2, 5)])
+
     def test_recovery_brings_the_student_closer_to_its_teacher_in_every_mode(self):
         teacher, diffusion = tiny_dit(), tf.GaussianDiffusion()
         before = [p.clone() for p in teacher.parameters()]
@@ -766,7 +781,7 @@ class Diffusion(unittest.TestCase):
 
 
 class Flow(unittest.TestCase):
-    """The second objective of chapter 2: SiT."""
+    """Chapter 6: SiT."""
 
     def test_points_and_losses_are_the_published_ones(self):
         """x_t = t data + (1 - t) noise; the velocity is data - noise; the second half of the output is not used."""
@@ -849,8 +864,293 @@ class Flow(unittest.TestCase):
             self.assertEqual(len(tf.CRITERIA[name](teacher, [(1, 2)] * 2, flow, examples)), 2)
 
 
+class Masked(unittest.TestCase):
+    """Chapter 6: MAR."""
+
+    def setUp(self):
+        torch.manual_seed(0)
+        self.x0, self.y = torch.randn(3, 1, 8, 8), torch.tensor([0, 2, 3])
+        self.diffusion = tf.MaskedAutoregression(16, repeats=2)
+
+    def test_presets_have_the_official_sizes_names_and_shapes(self):
+        for name, size in (("MAR-L", 478_326_304), ("MAR-B", 207_924_768)):
+            model = tf.unallocated(tf.MAR_models[name])
+            self.assertEqual(sum(p.numel() for p in model.parameters()), size, name)
+        found = {key: tuple(value.shape) for key, value in tf.unallocated(tf.MAR).state_dict().items()}
+        block = [
+            f"{name}.{kind}"
+            for name in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+            for kind in ("weight", "bias")
+        ]
+        parts = ["z_proj", "z_proj_ln", "encoder_norm", "decoder_embed", "decoder_norm"]
+        head = [
+            "time_embed.mlp.0",
+            "time_embed.mlp.2",
+            "cond_embed",
+            "input_proj",
+            "final_layer.linear",
+            "final_layer.adaLN_modulation.1",
+        ]
+        head += [
+            f"res_blocks.{i}.{name}" for i in range(8) for name in ("in_ln", "mlp.0", "mlp.2", "adaLN_modulation.1")
+        ]
+        names = {
+            f"{name}.{kind}"
+            for name in parts + [f"diffloss.net.{name}" for name in head]
+            for kind in ("weight", "bias")
+        }
+        names |= {f"{side}_blocks.{i}.{name}" for side in ("encoder", "decoder") for i in range(16) for name in block}
+        names |= {
+            "class_emb.weight",
+            "fake_latent",
+            "mask_token",
+            *(f"{part}_pos_embed_learned" for part in ("encoder", "decoder", "diffusion")),
+        }
+        self.assertEqual(found.keys(), names)
+        for name, shape in {
+            "class_emb.weight": (1000, 1024),
+            "fake_latent": (1, 1024),
+            "mask_token": (1, 1, 1024),
+            "z_proj.weight": (1024, 16),
+            "encoder_pos_embed_learned": (1, 320, 1024),
+            "diffusion_pos_embed_learned": (1, 256, 1024),
+            "diffloss.net.input_proj.weight": (1280, 16),
+            "diffloss.net.final_layer.linear.weight": (32, 1280),
+            "diffloss.net.res_blocks.7.adaLN_modulation.1.weight": (3840, 1280),
+        }.items():
+            self.assertEqual(found[name], shape, name)
+
+    def test_the_forward_pass_is_the_published_one(self):
+        """An independent float64 version, example by example, without modules."""
+        model = tiny_mar().double()
+        w, D, T, known = model.state_dict(), 16, 16, [[1, 5, 12], [0, 2, 15], [7, 8, 9]]
+
+        def linear(h, name):
+            return torch.einsum("...i,oi->...o", h, w[name + ".weight"]) + w[name + ".bias"]
+
+        def norm(h, name=None):
+            h = (h - h.mean(-1, keepdim=True)) / (h.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+            return h if name is None else h * w[name + ".weight"] + w[name + ".bias"]
+
+        def silu(h):
+            return h / (1 + torch.exp(-h))
+
+        def block(h, name):  # h (T, D)
+            q, k, v = linear(norm(h, f"{name}.norm1"), f"{name}.attn.qkv").view(len(h), 3, 2, D // 2).unbind(1)
+            p = (torch.einsum("thd,shd->hts", q, k) / math.sqrt(D // 2)).softmax(-1)
+            h = h + linear(torch.einsum("hts,shd->thd", p, v).reshape(-1, D), f"{name}.attn.proj")
+            u = linear(norm(h, f"{name}.norm2"), f"{name}.mlp.fc1")
+            return h + linear(u * (1 + torch.erf(u / math.sqrt(2))) / 2, f"{name}.mlp.fc2")
+
+        t = torch.randint(0, 1000, (3, T))
+        for b in range(3):
+            t[b, known[b]] = -1
+        noise = torch.randn(3, 1, 8, 8).double()
+        x_t = self.diffusion.q_sample(self.x0.double(), t, noise)
+        expected = []
+        for b in range(3):
+            tokens = [
+                self.x0[b, :, i : i + 2, j : j + 2].reshape(-1).double() for i in range(0, 8, 2) for j in range(0, 8, 2)
+            ]
+            label = w["class_emb.weight"][self.y[b]] if self.y[b] < 3 else w["fake_latent"][0]
+            place = w["encoder_pos_embed_learned"][0]
+            h = [label + place[i] for i in range(3)] + [linear(tokens[i], "z_proj") + place[3 + i] for i in known[b]]
+            h = norm(torch.stack(h), "z_proj_ln")
+            for i in range(2):
+                h = block(h, f"encoder_blocks.{i}")
+            h = linear(norm(h, "encoder_norm"), "decoder_embed")
+            full = torch.stack(
+                [h[i] for i in range(3)]
+                + [h[3 + known[b].index(i)] if i in known[b] else w["mask_token"][0, 0] for i in range(T)]
+            )
+            h = full + w["decoder_pos_embed_learned"][0]
+            for i in range(2):
+                h = block(h, f"decoder_blocks.{i}")
+            z = norm(h, "decoder_norm")[3:] + w["diffusion_pos_embed_learned"][0]
+            for i in range(T):
+                if i in known[b]:
+                    self.assertTrue(torch.equal(x_t[b, i], tokens[i]))
+                    continue
+                angles = t[b, i] * torch.tensor([10000 ** (-k / 128) for k in range(128)]).double()
+                c = linear(
+                    silu(linear(torch.cat([angles.cos(), angles.sin()]), "diffloss.net.time_embed.mlp.0")),
+                    "diffloss.net.time_embed.mlp.2",
+                ) + linear(z[i], "diffloss.net.cond_embed")
+                u = linear(x_t[b, i], "diffloss.net.input_proj")
+                for k in range(2):
+                    name = f"diffloss.net.res_blocks.{k}"
+                    shift, scale, gate = linear(silu(c), f"{name}.adaLN_modulation.1").chunk(3)
+                    v = norm(u, f"{name}.in_ln") * (1 + scale) + shift
+                    u = u + gate * linear(silu(linear(v, f"{name}.mlp.0")), f"{name}.mlp.2")
+                shift, scale = linear(silu(c), "diffloss.net.final_layer.adaLN_modulation.1").chunk(2)
+                expected.append(linear(norm(u) * (1 + scale) + shift, "diffloss.net.final_layer.linear"))
+        time_embed = model.diffloss["net"].time_embed.float()  # the frequencies are float32 in the official code too
+        with mock.patch.object(time_embed, "forward", lambda t, f=time_embed.forward: f(t).double()), torch.no_grad():
+            torch.testing.assert_close(model(x_t, t, self.y), torch.stack(expected), rtol=1e-4, atol=1e-4)
+
+    def test_the_loss_is_that_of_each_noisy_token_by_itself_repeated_with_other_noise(self):
+        model, t = tiny_mar(), self.diffusion.sample_t(3)
+        self.assertEqual(t.shape, (6, 16))
+        self.assertTrue(torch.equal(t[:3] < 0, t[3:] < 0) and not torch.equal(t[:3], t[3:]))
+        noise = tf.noise_for(self.x0, t)
+        abar = [math.cos((i / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(1001)]
+        alphas = np.cumprod([1 - min(0.999, 1 - abar[i + 1] / abar[i]) for i in range(1000)])
+        np.testing.assert_allclose(self.diffusion.abar, alphas)
+        tokens, noises = (tf.patchify(x, 16) for x in (self.x0.repeat(2, 1, 1, 1), noise))
+        self.assertTrue(torch.equal(tokens[0, 5], self.x0[0, 0, 2:4, 2:4].reshape(-1)))
+        x_t, plain = self.diffusion.q_sample(self.x0, t, noise), tf.GaussianDiffusion(
+            1 - alphas / np.append(1, alphas[:-1])
+        )
+        with torch.no_grad():
+            out, found, row = model(x_t, t, self.y), [[] for _ in range(3)], 0
+            for b in range(6):
+                for i in (t[b] >= 0).nonzero().flatten():
+                    share = alphas[t[b, i]]
+                    one = math.sqrt(share) * tokens[b, i] + math.sqrt(1 - share) * noises[b, i]
+                    torch.testing.assert_close(x_t[b, i], one, rtol=1e-4, atol=1e-5)
+                    terms = plain.losses(
+                        out[row : row + 1], tokens[b, i][None], one[None], t[b, i][None], noises[b, i][None]
+                    )
+                    found[b % 3].append(terms["loss"].item())
+                    row += 1
+            loss = self.diffusion.training_losses(model, self.x0, t, self.y, noise)["loss"]
+            other = self.diffusion.distillation_losses(out + torch.tensor([0.5] * 4 + [0] * 4), out, x_t, t)
+        self.assertEqual(row, len(out))
+        torch.testing.assert_close(loss, torch.tensor([np.mean(f) for f in found]).float(), rtol=1e-3, atol=1e-5)
+        self.assertTrue(other.shape == (6,) and (other >= 0.25).all())
+
+    def test_the_known_tokens_are_as_many_in_every_example_and_0_to_30_percent(self):
+        counts = []
+        for _ in range(300):
+            known = (tf.MaskedAutoregression(100).sample_t(4) < 0).sum(1)
+            self.assertEqual(len(set(known.tolist())), 1)
+            counts.append(known[0].item())
+        # of a normal with mean 1 and std 0.25, cut to [0.7, 1], the mean is 1 - 0.25 (0.3989 - 0.1942) / 0.3849 = 0.867
+        self.assertTrue(0 <= min(counts) <= 2 and 28 <= max(counts) <= 30 and abs(np.mean(counts) - 12.8) < 1.5, counts)
+        spread = tf.MaskedAutoregression(100).spread_t(50)
+        self.assertTrue(((spread < 0).sum(1) == 15).all() and spread.max() > 950)
+        with self.assertRaisesRegex(ValueError, "as many known tokens"):
+            tiny_mar().condition(torch.zeros(2, 16, 4), torch.eye(16)[:2].cumsum(1).bool(), self.y[:2])
+
+    def test_sampling_opens_tokens_by_the_cosine_and_guidance_grows_with_them(self):
+        known_counts, orders = [], []
+
+        class Model:  # its head says 1 where there is a class, and 0 where there is none
+            patch_size, input_size, in_channels, num_classes = 1, 8, 1, 3
+
+            def condition(self, x, known, y):
+                known_counts.append(known.sum(1).tolist())
+                orders.append(known[0])
+                return (y < 3).float().view(-1, 1, 1).expand(-1, 64, 1), []
+
+            diffloss = {"net": lambda x, t, z: torch.cat([z, 0 * z], 1)}
+
+        diffusion = tf.MaskedAutoregression(64)
+        diffusion.denoise = lambda predict, draw, *args, **more: predict(draw(), torch.tensor([0]))[:, :1]
+        draw = tf.noise_source(range(2), (1, 8, 8), 0)
+        image = diffusion.sample(Model(), torch.tensor([0, 1]), draw, steps=8, guidance=3.0)
+        left = [math.floor(64 * math.cos(math.pi / 2 * (i + 1) / 8)) for i in range(8)]
+        self.assertEqual(left[-1], 0)
+        self.assertEqual(known_counts, [[64 - n] * 4 for n in [64, *left[:-1]]])
+        counts = {round(1 + 2 * (64 - max(1, n)) / 64, 4): a - n for a, n in zip([64, *left], left)}
+        for picture in image:
+            values, found = torch.unique((picture * 1e4).round() / 1e4, return_counts=True)
+            self.assertEqual({round(v.item(), 4): n.item() for v, n in zip(values, found)}, counts)
+        self.assertFalse(torch.equal(image[0], image[1]))  # every image has an order of its own
+        known_counts.clear()
+        diffusion.sample(Model(), torch.tensor([0]), tf.noise_source([0], (1, 8, 8), 0), steps=64)
+        self.assertEqual(known_counts, [[n] for n in range(64)])  # at least one is opened
+        with self.assertRaisesRegex(ValueError, "expected 1 to 64"):
+            diffusion.sample(Model(), torch.tensor([0]), draw, steps=65)
+
+    def test_the_head_samples_its_own_distribution_scaled_by_the_temperature(self):
+        """With the exact denoiser of tokens of N(z, 0.5^2), the tokens drawn are of that distribution."""
+        diffusion = tf.MaskedAutoregression(1)
+        abar = torch.tensor(diffusion.abar, dtype=torch.float32)
+
+        class Model:
+            patch_size, input_size, in_channels, num_classes = 1, 1, 1, 3
+
+            def condition(self, x, known, y):
+                return y.float().view(-1, 1, 1), []
+
+            def head(x, t, z):  # E[noise | x_t], and no learned variance
+                a = abar[t].view(-1, 1)
+                return (1 - a).sqrt() * (x - a.sqrt() * z) / (a * 0.25 + 1 - a)
+
+            diffloss = {"net": head}
+
+        y, draw = torch.arange(2).repeat_interleave(2000), tf.noise_source(range(4000), (1, 1, 1), 0)
+        for temperature, low, high in ((1.0, 0.45, 0.55), (0.5, 0.0, 0.4)):
+            x = diffusion.sample(Model(), y, draw, 1, head_steps=250, temperature=temperature).flatten()
+            self.assertLess((x.view(2, -1).mean(1) - torch.tensor([0.0, 1.0])).abs().max(), 0.05)
+            self.assertTrue((low < x.view(2, -1).std(1)).all() and (x.view(2, -1).std(1) < high).all())
+
+    def test_an_image_is_the_same_whatever_the_batch_it_is_drawn_in(self):
+        model, draw = tiny_mar(), functools.partial(
+            tf.sample_images,
+            tiny_mar(),
+            self.diffusion,
+            shape=(1, 8, 8),
+            seed=0,
+            sampling={"steps": 4, "head_steps": 5, "guidance": 2.0},
+        )
+        together = draw(torch.tensor([0, 1, 2]), range(3))
+        for i in range(3):
+            self.assertLessEqual((draw(torch.tensor([i]), [i])[0].int() - together[i].int()).abs().max(), 1)
+        self.assertGreater(together.float().std(), 0)
+
+    def test_a_mask_of_encoder_and_decoder_is_the_pruned_model_and_has_its_gradient(self):
+        model, t, kept = tiny_mar(), self.diffusion.spread_t(3), [1, 2]
+        x_t = self.diffusion.q_sample(self.x0, t, tf.noise_for(self.x0, t))
+        mask = torch.tensor([0.0, 1, 1, 0]).repeat(3, 1).requires_grad_()
+        out, features = model(x_t, t, self.y, mask=mask, hidden=(1, 2))
+        pruned = tf.prune(model, kept)
+        self.assertEqual(
+            (pruned.config()["encoder_depth"], pruned.config()["decoder_depth"], len(pruned.blocks)), (1, 1, 2)
+        )
+        expected, same = pruned(x_t, t, self.y, hidden=(0, 1))
+        torch.testing.assert_close(out, expected)
+        for a, b in zip(features, same, strict=True):
+            torch.testing.assert_close(a, b)
+        self.assertEqual([f.shape[1] for f in features], [3 + 2, 3 + 16])  # 15 % of 16 tokens are known
+        out.square().sum().backward()
+        self.assertTrue((mask.grad != 0).all())
+        self.assertEqual(tf.prune(model, [2, 3]).config()["encoder_depth"], 0)
+
+    def test_the_method_runs_on_it_unchanged(self):
+        teacher, data = tiny_mar(), tf.toy_digits(40, size=8)
+        data.labels %= 3
+        loss_fn = tf.masked_denoising(self.diffusion, tf.data_batches(data, 8, 0), snr_gamma=5.0)
+        sampler, history = tf.learn_layers(teacher, loss_fn, [(1, 2)] * 2, 5)
+        self.assertTrue(all(torch.isfinite(p).all() and p.any() for p in sampler.parameters()))
+        kept = sampler.kept()
+        pairs = tf.match_blocks(sampler.groups, kept)
+        before = tf.calibration_loss(tf.prune(teacher, kept), self.diffusion, tf.fixed_examples(self.diffusion, data))
+        for kd in tf.KD_MODES:
+            student = tf.recover(
+                tf.prune(teacher, kept), teacher, self.diffusion, tf.data_batches(data, 8, 0), pairs, 20, kd=kd, lr=2e-3
+            )
+            after = tf.calibration_loss(student, self.diffusion, tf.fixed_examples(self.diffusion, data))
+            self.assertLess(after, before, kd)
+        examples = tf.fixed_examples(self.diffusion, data, n=16)
+        for name in ("shortgpt", "flux-lite", "sensitivity", "oracle", "random-lowest"):
+            self.assertEqual(len(tf.CRITERIA[name](teacher, [(1, 2)] * 2, self.diffusion, examples)), 2)
+
+    def test_training_drops_labels_and_activations_and_evaluation_does_not(self):
+        model = tiny_mar(class_dropout_prob=0.5, dropout=0.1)
+        null, labels = model.fake_latent, torch.zeros(1000, dtype=torch.long)
+        dropped = (model.class_emb.train()(labels, null) == null).all(1).float().mean()
+        self.assertTrue(0.4 < dropped < 0.6)
+        self.assertTrue((model.class_emb.eval()(labels, null) == model.class_emb.weight[0]).all())
+        self.assertTrue(torch.equal(model.class_emb(torch.tensor([3]), null), null))  # number 3 of 3 is no class
+        x, block = torch.randn(2, 5, 16), model.encoder_blocks[0]
+        self.assertTrue(torch.equal(block(x), block(x)))
+        self.assertFalse(torch.equal(block.train()(x), block(x)))
+
+
 class Measuring(unittest.TestCase):
-    """Chapter 6."""
+    """Chapter 7."""
 
     def test_the_frechet_distance_of_gaussians_has_its_closed_form(self):
         """For covariances that commute: |mu1 - mu2|^2 + sum (sqrt(l1) - sqrt(l2))^2."""
@@ -1009,7 +1309,7 @@ class Measuring(unittest.TestCase):
 
 
 class Data(unittest.TestCase):
-    """Chapter 7."""
+    """Chapter 8."""
 
     def setUp(self):
         self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
@@ -1227,7 +1527,7 @@ class Data(unittest.TestCase):
 
 
 class Training(unittest.TestCase):
-    """Chapters 8 and 9."""
+    """Chapters 9 and 10."""
 
     def test_a_loss_that_is_not_finite_stops_training_with_the_good_weights(self):
         for poison in (math.nan, math.inf):
@@ -1521,17 +1821,26 @@ class Files(unittest.TestCase):
             self.assertEqual(status_and_words(sample.main, arguments)[0], status)
         drawn = np.load(latents, allow_pickle=False)
         self.assertEqual((drawn.files, drawn["latents"].shape), (["latents"], (2, 4, 16, 16)))
+        mar = tiny_mar(patch_size=1, in_channels=4, hidden_size=64, num_heads=4, dropout=0.1)
+        torch.save(
+            {"model": tiny_mar().state_dict(), "model_ema": mar.state_dict(), "epoch": 3, "args": args},
+            self.folder / "mar.pt",
+        )
+        found, content = tf.load_checkpoint(self.folder / "mar.pt")
+        self.assertEqual((found.config(), content["sampling"]["head_steps"]), (mar.config(), 100))
+        self.assertTrue(all(torch.equal(weight, found.state_dict()[name]) for name, weight in mar.state_dict().items()))
         tf.save_checkpoint(self.path, loaded, checkpoint["sampling"], checkpoint["classes"])
         found = torch.load(self.path, weights_only=True)  # the official find_model, and a model of official names
         model.load_state_dict(found["ema"] if "ema" in found else found, strict=True)
         self.assertTrue(all(torch.equal(weight, found["ema"][name]) for name, weight in weights.items()))
 
     def test_the_size_of_official_models_is_told_from_their_shapes(self):
-        for name, build in tf.DiT_models.items():
-            with torch.device("meta"):
-                model = build(num_classes=1000)
-            told = tf.dit_config(model.state_dict()) | {"class_dropout_prob": 0.1}  # which leaves no trace in weights
-            self.assertEqual(told, model.config(), name)
+        for name, build in tf.ALL_MODELS.items():
+            if name != "MAR-toy":  # official MARs have patch 1
+                model = tf.unallocated(build)
+                told = tf.config_of(model.state_dict())
+                no_trace = {key: 0.1 for key in ("class_dropout_prob", "dropout") if key in model.config()}
+                self.assertEqual(told | no_trace, model.config(), name)
 
     def test_bad_checkpoints_are_refused_in_one_line_and_nothing_is_run(self):
         class Attack:
@@ -1555,7 +1864,7 @@ class Files(unittest.TestCase):
             ("plain.pt", "width 16 is of no known model"),
             ("other.pt", "not the weights of a DiT"),
             ("absurd.pt", "pos_embed is .1, 4, 16., expected .1, 4, 40000000."),
-            ("deep.pt", "depth 1000000000 with"),
+            ("deep.pt", "1000000000 blocks with 52 weights"),
             ("depth.pt", "disagree"),
             ("config.pt", "disagree"),
             ("torn.pt", "part of one"),
@@ -1610,7 +1919,7 @@ def status_and_words(main, arguments):
 
 
 class Laboratory(unittest.TestCase):
-    """Chapter 10."""
+    """Chapter 11."""
 
     def setUp(self):
         self.model, self.diffusion, self.groups = tiny_dit(), tf.GaussianDiffusion(), [(1, 2)] * 2
@@ -1792,7 +2101,7 @@ class Laboratory(unittest.TestCase):
 
 
 class CommandLine(unittest.TestCase):
-    """Chapter 11."""
+    """Chapter 12."""
 
     TINY = [
         "--teacher-steps",
@@ -2053,9 +2362,38 @@ class CommandLine(unittest.TestCase):
         for main, arguments, reason in (
             (sample.main, ["--ckpt", student, "--objective", "ddpm"], "trained with objective flow"),
             (sample.main, ["--ckpt", student, "--eta", "0"], "objective of"),
-            (tf.main, ["--ckpt", student, "--groups", "1:2"], "give that"),
-            (tf.main, [*run, "--eta", "0"], "--eta is of --objective ddpm"),
-            (tf.main, ["--solver", "euler"], "--solver is of --objective flow"),
+            (tf.main, ["--ckpt", student, "--objective", "ddpm"], "has the objective flow"),
+            (tf.main, [*run, "--eta", "0"], "--eta is of objective ddpm"),
+            (tf.main, ["--solver", "euler"], "--solver is of objective flow"),
+            (tf.main, ["--head-steps", "5"], "--head-steps is of objective mar"),
+            (tf.main, ["--model", "MAR-toy", "--objective", "flow"], "has the objective mar"),
+        ):
+            status, words = status_and_words(main, arguments)
+            self.assertEqual((status, words.count("\n"), reason in words), (2, 1, True), words)
+
+    def test_a_mar_runs_from_the_command_line_and_its_student_can_be_drawn_from(self):
+        run, tiny = self.folder / "mar", ["--teacher-steps", "3", "--head-steps", "3", "--model", "MAR-toy"]
+        with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(io.StringIO()):
+            self.assertEqual(tf.main([*self.TINY, *tiny, "--out", str(run)]), 0)
+        self.assertIn("guidance 1.5, head-steps 3, temperature 1.0, seed 0", said.getvalue())
+        rows = json.loads((run / "results.json").read_text())["rows"]
+        self.assertEqual([row["depth"] for row in rows.values()], [12, 6, 6])
+        content, out = torch.load(run / "student.pt", weights_only=True), str(self.folder / "mar.npz")
+        self.assertEqual((content["objective"], content["sampling"]["head_steps"]), ("mar", 3))
+        self.assertEqual(content["config"]["encoder_depth"] + content["config"]["decoder_depth"], 6)
+        flags = ["--ckpt", str(run / "student.pt"), "--num-images", "3", "--npz", out]
+        self.assertEqual(status_and_words(sample.main, [*flags, "--steps", "3", "--temperature", "0.9"])[0], 0)
+        self.assertEqual(np.load(out, allow_pickle=False)["arr_0"].shape, (3, 16, 16, 3))
+        shallower = ["--ckpt", str(run / "student.pt"), "--out", str(self.folder / "again"), "--head-steps", "3"]
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            self.assertEqual(tf.main([*self.TINY, *shallower]), 0)
+        again = torch.load(self.folder / "again" / "student.pt", weights_only=True)
+        self.assertEqual(again["config"]["encoder_depth"] + again["config"]["decoder_depth"], 3)
+        for main, arguments, reason in (
+            (sample.main, [*flags, "--steps", "17"], "expected 1 to 16"),
+            (sample.main, [*flags, "--eta", "0"], "which has none"),
+            (sample.main, [*flags, "--objective", "flow"], "trained with objective mar"),
+            (tf.main, ["--model", "MAR-toy", "--sample-steps", "17", "--out", str(self.folder / "x")], "opens a token"),
         ):
             status, words = status_and_words(main, arguments)
             self.assertEqual((status, words.count("\n"), reason in words), (2, 1, True), words)

@@ -151,11 +151,11 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over tokens (B, T, D)."""
+    """Multi-head self-attention over tokens (B, T, D). dropout: of attention weights and of the result, in training."""
 
-    def __init__(self, dim, num_heads):
+    def __init__(self, dim, num_heads, dropout=0.0):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.dropout = num_heads, dropout
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
@@ -163,20 +163,24 @@ class Attention(nn.Module):
         B, T, D = x.shape
         qkv = self.qkv(x).reshape(B, T, 3, self.num_heads, D // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                 # three of (B, heads, T, D / heads)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).reshape(B, T, D))
+        p = self.dropout if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=p)
+        return F.dropout(self.proj(x.transpose(1, 2).reshape(B, T, D)), p)
 
 
 class Mlp(nn.Module):
-    """The two-layer perceptron of a block, applied to every token of (B, T, D); GELU in its tanh form."""
+    """The two-layer perceptron of a block, applied to every token of (B, T, D). approximate: the form of GELU, "tanh"
+    or "none", the exact one; dropout: after both layers, in training."""
 
-    def __init__(self, dim, hidden_dim):
+    def __init__(self, dim, hidden_dim, approximate="tanh", dropout=0.0):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
+        self.approximate, self.dropout = approximate, dropout
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        p = self.dropout if self.training else 0.0
+        return F.dropout(self.fc2(F.dropout(F.gelu(self.fc1(x), approximate=self.approximate), p)), p)
 
 
 class DiTBlock(nn.Module):
@@ -227,6 +231,7 @@ class DiT(nn.Module):
     second half of channels for the variance. Raises ValueError where sizes do not divide.
     Source: facebookresearch/DiT, models.py (names, initialisation and numerics; the text is ours).
     """
+    block_lists, cuts, objective = ("blocks",), (), "ddpm"   # what other families have otherwise (Chapter 6)
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
                  mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000, learn_sigma=True):
@@ -330,11 +335,7 @@ DiT_models = {                                   # DiT_models["DiT-XL/2"](input_
 # variance of a step is learned too: v, the second half of the model's output channels, interpolates in log space
 # between the smallest and the largest sensible value (arXiv:2102.09672). Classifier-free guidance (arXiv:2207.12598)
 # exaggerates what a class changes in the prediction: clearer images, less variety. Schedule and losses have the
-# official code's values.
-#
-# SiT (arXiv:2401.08740) is the same network with another objective, flow matching: x_t lies on the straight line from
-# noise to image, and the model predicts the velocity along it. The two classes of this chapter have the same calls;
-# nothing else in this file asks which one it has.
+# official code's values. Chapter 6 has two more objectives with the same calls.
 # ---------------------------------------------------------------------------------------------------------------------
 
 def mean_flat(x):
@@ -365,6 +366,11 @@ def autocast(device, dtype=None):
     return torch.autocast(device.type, dtype if dtype != torch.float32 else None, enabled=dtype != torch.float32)
 
 
+def noise_for(x0, t):
+    """Standard normal noise for images x0 (B, C, H, W) at times t: as many examples as there are times."""
+    return torch.randn(len(t), *x0.shape[1:], device=x0.device)
+
+
 def guided(model, x, t, y, guidance=1.0, cfg_channels=3):
     """What `model` says of x (B, C, H, W) under guidance, (B, out_channels, H, W): 1 asks it once, for the labels y
     (B,); anything else also for no class, in one batch (`DiT.forward_with_cfg`)."""
@@ -381,6 +387,7 @@ class GaussianDiffusion:
     full process it stands for. Source: openai/improved-diffusion and facebookresearch/DiT, diffusion/.
     """
     feature_weight = 1e-2      # the paper's first weight of the features in masked KD (Chapter 5)
+    options = ("eta",)         # arguments of `sample` that other objectives do not have
 
     def __init__(self, betas=None, timestep_map=None):
         betas = np.linspace(1e-4, 2e-2, 1000) if betas is None else np.asarray(betas, dtype=np.float64)
@@ -418,7 +425,7 @@ class GaussianDiffusion:
 
     def snr_weight(self, t, gamma):
         """min-SNR weights (B,) of the loss at timesteps t (B,): min(SNR, gamma) / SNR, with SNR the signal-to-noise
-        ratio abar_t / (1 - abar_t). Source: arXiv:2303.09556."""
+        ratio abar_t / (1 - abar_t); an infinite gamma: 1. Source: arXiv:2303.09556."""
         snr = self._at("snr", t, t)
         return snr.clamp(max=gamma) / snr
 
@@ -447,27 +454,28 @@ class GaussianDiffusion:
         return {"mean": self._posterior_mean(x0, x_t, t), "log_variance": log_variance,
                 "variance": log_variance.exp(), "pred_xstart": x0}
 
-    def training_losses(self, model, x0, t, y, noise=None):
+    def training_losses(self, model, x0, t, y, noise=None, snr_gamma=math.inf):
         """Per-example losses of `model(x_t, t, y)`: a dict of `mse`, `vb` and `loss` = mse + vb, each (B,).
 
         mse is the noise's; vb the variational bound in bits per dimension, which trains the variance alone (the noise
-        prediction is detached in it). x0 (B, C, H, W), t (B,), y (B,)."""
-        noise = torch.randn_like(x0) if noise is None else noise
+        prediction is detached in it). x0 (B, C, H, W), t (B,), y (B,). A finite snr_gamma multiplies `loss` by
+        `snr_weight`."""
+        noise = noise_for(x0, t) if noise is None else noise
         x_t = self.q_sample(x0, t, noise)
-        return self.losses(model(x_t, t, y), x0, x_t, t, noise)
+        return self.losses(model(x_t, t, y), x0, x_t, t, noise, snr_gamma)
 
-    def losses(self, model_output, x0, x_t, t, noise):
+    def losses(self, model_output, x0, x_t, t, noise, snr_gamma=math.inf):
         """`training_losses` for an output that is already there, in float32 whatever the output is in."""
         C, model_output = x0.shape[1], model_output.float()
-        mse = mean_flat((noise - model_output[:, :C]) ** 2)
+        mse, weight = mean_flat((noise - model_output[:, :C]) ** 2), self.snr_weight(t, snr_gamma)
         if model_output.shape[1] == C:
-            return {"mse": mse, "vb": torch.zeros_like(mse), "loss": mse}
+            return {"mse": mse, "vb": torch.zeros_like(mse), "loss": weight * mse}
         step = self.p_mean_variance(torch.cat([model_output[:, :C].detach(), model_output[:, C:]], 1), x_t, t)
         kl = normal_kl(self._posterior_mean(x0, x_t, t), self._at("log_small", t, x0),
                        step["mean"], step["log_variance"])
         nll = -discretized_gaussian_log_likelihood(x0, step["mean"], step["log_variance"])   # the last step has no KL
         vb = mean_flat(torch.where(t.view(-1, *[1] * (x0.dim() - 1)) == 0, nll, kl)) / math.log(2)
-        return {"mse": mse, "vb": vb, "loss": mse + vb}
+        return {"mse": mse, "vb": vb, "loss": weight * (mse + vb)}
 
     def distillation_losses(self, student_output, teacher_output, x_t, t):
         """Per-example distance (B,) of two models' outputs at the same x_t and t: the mean squared error of the
@@ -498,17 +506,22 @@ class GaussianDiffusion:
         """Images (B, C, H, W) of the classes y (B,), drawn by `model` (in eval mode).
 
         draw() returns fresh standard normal noise (B, C, H, W) on y's device at every call (`noise_source` in Chapter
-        9 gives every image its own stream). eta: 1 is DDPM with the model's variance, 0 is DDIM, deterministic after
+        10 gives every image its own stream). eta: 1 is DDPM with the model's variance, 0 is DDIM, deterministic after
         the first draw, and between them is DDIM's sigma (arXiv:2010.02502, equation 16). guidance 1 asks the model
         once a step, anything else twice, in one batch. dtype as in `autocast`.
         """
-        process = self.respaced(steps)
-        x = draw()
+        return self.denoise(lambda x, t: guided(model, x, t, y, guidance, cfg_channels), draw, steps, eta,
+                            clip_denoised, dtype=dtype)
+
+    def denoise(self, predict, draw, steps, eta=1.0, clip_denoised=False, temperature=1.0, dtype=None):
+        """The walk of `sample` for any predict(x, t), which gives the noise (and variance) in x (B, C, ...) at the
+        timestep t (1,). temperature: a factor of the noise that the steps add."""
+        process, x = self.respaced(steps), draw()
         for i in reversed(range(steps)):
-            index = torch.full((1,), i, device=y.device)
-            t = torch.full((1,), int(process.timestep_map[i]), device=y.device)     # one t for all: embedded once
-            with autocast(y.device, dtype):
-                out = guided(model, x, t, y, guidance, cfg_channels)
+            index = torch.full((1,), i, device=x.device)
+            t = torch.full((1,), int(process.timestep_map[i]), device=x.device)     # one t for all: embedded once
+            with autocast(x.device, dtype):
+                out = predict(x, t)
             p = process.p_mean_variance(out.float(), x, index, clip_denoised)
             # One step for DDPM and DDIM: x_{t-1} = sqrt(abar') x0 + sqrt(1 - abar' - sigma^2) eps + sigma z, with
             # sigma = eta * the posterior's. At eta = 1 the first two terms are the posterior mean, and z gets the
@@ -518,74 +531,9 @@ class GaussianDiffusion:
             eps = (x - math.sqrt(abar) * p["pred_xstart"]) / math.sqrt(1 - abar)    # as x0 implies it, after clipping
             x = math.sqrt(abar_prev) * p["pred_xstart"] + math.sqrt(max(1 - abar_prev - sigma ** 2, 0)) * eps
             if eta > 0 and i > 0:
-                x = x + (torch.exp(0.5 * p["log_variance"]) if eta == 1 else sigma) * draw()
+                scale = torch.exp(0.5 * p["log_variance"]) if eta == 1 else sigma
+                x = x + scale * temperature * draw()
         return x
-
-
-class FlowMatching:
-    """The linear interpolant of SiT, with the calls of `GaussianDiffusion`: x_t = t x0 + (1 - t) noise, with t from 0,
-    noise, to 1, the image x0. The model is told t and predicts the velocity x0 - noise, in the first of its output
-    channels; the second half, which official SiT checkpoints have, is not used. Source: arXiv:2401.08740."""
-    feature_weight = 2e-4      # the paper's, for SiT
-
-    def sample_t(self, batch_size, device=None):
-        """Training times (B,), uniform in [0, 1]."""
-        return torch.rand(batch_size, device=device)
-
-    def spread_t(self, n, device=None):
-        """n times (n,), evenly spread."""
-        return ((torch.arange(n) + 0.5) / n).to(device)
-
-    def snr_weight(self, t, gamma):
-        """min-SNR weights (B,), as for `GaussianDiffusion`, with SNR = t^2 / (1 - t)^2. The error of the noise is t
-        times that of the velocity; so min(SNR, gamma) / SNR of the noise's loss is this of the velocity's."""
-        return torch.minimum(t ** 2, gamma * (1 - t) ** 2)
-
-    def q_sample(self, x0, t, noise):
-        """The point x_t (B, C, H, W) on the line from noise to image."""
-        t = t.view(-1, *[1] * (x0.dim() - 1))
-        return t * x0 + (1 - t) * noise
-
-    def training_losses(self, model, x0, t, y, noise=None):
-        """Per-example losses of `model(x_t, t, y)`: a dict of `mse` and `loss`, the same, each (B,)."""
-        noise = torch.randn_like(x0) if noise is None else noise
-        x_t = self.q_sample(x0, t, noise)
-        return self.losses(model(x_t, t, y), x0, x_t, t, noise)
-
-    def losses(self, model_output, x0, x_t, t, noise):
-        """`training_losses` for an output that is already there, in float32 whatever the output is in."""
-        mse = mean_flat((x0 - noise - model_output[:, :x0.shape[1]].float()) ** 2)
-        return {"mse": mse, "loss": mse}
-
-    def distillation_losses(self, student_output, teacher_output, x_t, t):
-        """Per-example mean squared error (B,) of two models' velocities at the same x_t and t."""
-        C = x_t.shape[1]
-        return mean_flat((student_output[:, :C].float() - teacher_output[:, :C].float()) ** 2)
-
-    @torch.inference_mode()
-    def sample(self, model, y, draw, steps=250, guidance=1.0, solver="heun", clip_denoised=False, cfg_channels=3,
-               dtype=None):
-        """Images (B, C, H, W) of the classes y (B,): dx/dt = velocity, from noise at t = 0 to t = 1 in even steps.
-        solver: "euler", or "heun", which asks the model twice a step and corrects the step by the velocity at its end.
-        Raises ValueError for another one. The rest as for `GaussianDiffusion.sample`."""
-        if solver not in ("euler", "heun"):
-            raise ValueError(f"solver {solver!r}: expected euler or heun")
-
-        def velocity(x, t):
-            with autocast(y.device, dtype):
-                out = guided(model, x, torch.full((1,), t, device=y.device), y, guidance, cfg_channels)
-            return out[:, :x.shape[1]].float()
-
-        x, h = draw(), 1 / steps
-        for i in range(steps):
-            v = velocity(x, i * h)
-            if solver == "heun":
-                v = (v + velocity(x + h * v, (i + 1) * h)) / 2
-            x = x + h * v
-        return x.clamp(-1, 1) if clip_denoised else x
-
-
-OBJECTIVES = {"ddpm": GaussianDiffusion, "flow": FlowMatching}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -846,16 +794,17 @@ def masked_denoising(diffusion, batches, dropped_share=1.0, snr_gamma=math.inf):
         x0, y = next(batches)
         t = diffusion.sample_t(len(x0), x0.device)
         masked = functools.partial(model, mask=sample_mask(len(x0)), dropped_share=dropped_share)
-        weight = diffusion.snr_weight(t, snr_gamma) if snr_gamma < math.inf else 1
-        return (weight * diffusion.training_losses(masked, x0, t, y)["loss"]).mean()
+        return diffusion.training_losses(masked, x0, t, y, snr_gamma=snr_gamma)["loss"].mean()
     return loss_fn
 
 
-def prune(model, kept, lists=("blocks",)):
+def prune(model, kept, lists=None):
     """A shallower copy of `model`: only the blocks numbered in `kept`, everything else the same, weights untouched.
 
-    lists: the names of the ModuleLists that hold the blocks, numbered through them, such as "encoder.layers". Raises
-    ValueError unless `kept` is ascending, within the depth. Source: the paper; dPhi is not in the result."""
+    lists: the names of the ModuleLists that hold the blocks, numbered through them, such as "encoder.layers"; without
+    it, model.block_lists. Raises ValueError unless `kept` is ascending, within the depth. Source: the paper; dPhi is
+    not in the result."""
+    lists = lists or model.block_lists
     kept, blocks = [int(i) for i in kept], [block for name in lists for block in model.get_submodule(name)]
     if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= len(blocks):
         raise ValueError(f"kept blocks {kept}: expected different numbers from 0 to {len(blocks) - 1}, ascending")
@@ -902,15 +851,16 @@ def masked_feature_loss(student, teacher, k=2.0):
     return (difference.float().square().sum((1, 2)) / both.sum((1, 2)).clamp(min=1)).mean()
 
 
-def match_blocks(groups, kept):
+def match_blocks(groups, kept, cuts=()):
     """Pairs (student block, teacher block) for feature KD: the last kept block of every group, as numbered in the
     student, with the group's last block. For 1:2 that is (i, 2i + 1). A group that keeps none, as the criteria of
-    Chapter 10 may leave it, has no pair."""
+    Chapter 11 may leave it, has no pair. cuts: numbers of blocks between which no pair may lie, such as the first one
+    of a decoder, whose tokens are others than the encoder's: there a group's last block on the same side counts."""
     pairs, start = [], 0
     for _, m in groups:
         inside = [i for i, block in enumerate(kept) if start <= block < start + m]
         if inside:
-            pairs.append((inside[-1], start + m - 1))
+            pairs.append((inside[-1], min([start + m, *(cut for cut in cuts if cut > kept[inside[-1]])]) - 1))
         start += m
     return pairs
 
@@ -929,7 +879,8 @@ def recovery_loss(student, teacher, diffusion, x0, y, pairs, kd="masked", beta=1
         raise ValueError(f"kd {kd!r}: expected one of {', '.join(KD_MODES)}")
     if teacher.training or student.y_embedder.training:
         raise ValueError("the models would drop labels themselves: call teacher.eval() and student.y_embedder.eval()")
-    t, noise = diffusion.sample_t(len(x0), x0.device), torch.randn_like(x0)
+    t = diffusion.sample_t(len(x0), x0.device)
+    noise = noise_for(x0, t)
     x_t, y = diffusion.q_sample(x0, t, noise), student.y_embedder.token_drop(y)
     use_features = kd in ("masked", "feature")
     ours, theirs = zip(*pairs) if use_features else ((), ())
@@ -971,7 +922,366 @@ def recover(student, teacher, diffusion, batches, pairs, steps, *, kd="masked", 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Chapter 6. Measuring
+# Chapter 6. Other families: SiT and MAR
+#
+# The method asks little of a model: residual blocks, a forward pass that takes a mask of them, and a loss. Chapters 3
+# to 5 serve two more families as they stand; what is new is here.
+#
+# SiT (arXiv:2401.08740) is DiT's network with another objective, flow matching: x_t lies on the straight line from
+# noise to image, and the model predicts the velocity along it.
+#
+# MAR (arXiv:2406.11838) is another network too. It draws an image token by token, a few at a time, in random order. An
+# encoder reads the tokens that are known; a decoder says of every unknown one, in a vector z, what it knows about it;
+# and a small MLP, the head, draws the token by diffusion (of 16 numbers, not of an image), under the condition z:
+#
+#     known tokens -> encoder blocks -+                       z of token 5
+#                                     +-> decoder blocks -> z      |
+#     mask tokens for the others -----+                       head: noise -> ... -> token 5, for all that are opened now
+#
+# In this file that is a diffusion in which every token has a time of its own, -1 for a token that is known. So the
+# objective is Chapter 2's with t (B, T) in the place of t (B,), and nothing else asks which family it has. Blocks of
+# encoder and decoder are numbered through, learned and pruned together; the head stays.
+# ---------------------------------------------------------------------------------------------------------------------
+
+class FlowMatching:
+    """The linear interpolant of SiT, with the calls of `GaussianDiffusion`: x_t = t x0 + (1 - t) noise, with t from 0,
+    noise, to 1, the image x0. The model is told t and predicts the velocity x0 - noise, in the first of its output
+    channels; the second half, which official SiT checkpoints have, is not used. Source: arXiv:2401.08740."""
+    feature_weight, options = 2e-4, ("solver",)              # the weight is the paper's for SiT
+
+    def sample_t(self, batch_size, device=None):
+        """Training times (B,), uniform in [0, 1]."""
+        return torch.rand(batch_size, device=device)
+
+    def spread_t(self, n, device=None):
+        """n times (n,), evenly spread."""
+        return ((torch.arange(n) + 0.5) / n).to(device)
+
+    def snr_weight(self, t, gamma):
+        """min-SNR weights (B,), as for `GaussianDiffusion`, with SNR = t^2 / (1 - t)^2. The error of the noise is t
+        times that of the velocity; so min(SNR, gamma) / SNR of the noise's loss is this of the velocity's."""
+        return torch.minimum(t ** 2, gamma * (1 - t) ** 2) if gamma < math.inf else torch.ones_like(t)
+
+    def q_sample(self, x0, t, noise):
+        """The point x_t (B, C, H, W) on the line from noise to image."""
+        t = t.view(-1, *[1] * (x0.dim() - 1))
+        return t * x0 + (1 - t) * noise
+
+    training_losses = GaussianDiffusion.training_losses      # of `mse` and `loss` alone
+
+    def losses(self, model_output, x0, x_t, t, noise, snr_gamma=math.inf):
+        """`training_losses` for an output that is already there, in float32 whatever the output is in."""
+        mse = mean_flat((x0 - noise - model_output[:, :x0.shape[1]].float()) ** 2)
+        return {"mse": mse, "loss": self.snr_weight(t, snr_gamma) * mse}
+
+    def distillation_losses(self, student_output, teacher_output, x_t, t):
+        """Per-example mean squared error (B,) of two models' velocities at the same x_t and t."""
+        C = x_t.shape[1]
+        return mean_flat((student_output[:, :C].float() - teacher_output[:, :C].float()) ** 2)
+
+    @torch.inference_mode()
+    def sample(self, model, y, draw, steps=250, guidance=1.0, solver="heun", clip_denoised=False, cfg_channels=3,
+               dtype=None):
+        """Images (B, C, H, W) of the classes y (B,): dx/dt = velocity, from noise at t = 0 to t = 1 in even steps.
+        solver: "euler", or "heun", which asks the model twice a step and corrects the step by the velocity at its end.
+        Raises ValueError for another one. The rest as for `GaussianDiffusion.sample`."""
+        if solver not in ("euler", "heun"):
+            raise ValueError(f"solver {solver!r}: expected euler or heun")
+
+        def velocity(x, t):
+            with autocast(y.device, dtype):
+                out = guided(model, x, torch.full((1,), t, device=y.device), y, guidance, cfg_channels)
+            return out[:, :x.shape[1]].float()
+
+        x, h = draw(), 1 / steps
+        for i in range(steps):
+            v = velocity(x, i * h)
+            if solver == "heun":
+                v = (v + velocity(x + h * v, (i + 1) * h)) / 2
+            x = x + h * v
+        return x.clamp(-1, 1) if clip_denoised else x
+
+
+def patchify(x, T):
+    """Images (B, C, H, W) to T square patches (B, T, C * P * P), row by row; channels first within a patch, as in MAR's
+    repository."""
+    P = math.isqrt(x.shape[2] * x.shape[3] // T)
+    return F.unfold(x, P, stride=P).transpose(1, 2)
+
+
+class ClassEmbedding(nn.Embedding):
+    """`LabelEmbedder` in MAR's layout: the vector of "no class", `null` (1, D), is not in the table."""
+
+    def __init__(self, num_classes, hidden_size, dropout_prob):
+        super().__init__(num_classes, hidden_size)
+        self.num_classes, self.dropout_prob = num_classes, dropout_prob
+
+    token_drop = LabelEmbedder.token_drop
+
+    def forward(self, labels, null):
+        labels = self.token_drop(labels) if self.training else labels
+        return F.embedding(labels, torch.cat([self.weight, null]))           # (B, D)
+
+
+class Block(nn.Module):
+    """A residual block without conditioning, as in a plain vision transformer: (B, T, D) to (B, T, D)."""
+
+    def __init__(self, hidden_size, num_heads, mlp_ratio=4.0, dropout=0.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads, dropout)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), "none", dropout)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class ResBlock(nn.Module):
+    """A residual block of the head: tokens x (N, 1, W) under the condition c (N, W)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.in_ln = nn.LayerNorm(channels, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, channels))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(channels, 3 * channels))
+
+    def forward(self, x, c):
+        shift, scale, gate = self.adaLN_modulation(c).chunk(3, dim=1)
+        return torch.addcmul(x, gate.unsqueeze(1), self.mlp(modulate(self.in_ln(x), shift, scale)))
+
+
+class SimpleMLPAdaLN(nn.Module):
+    """MAR's head: a diffusion model of single tokens. x (N, F) noisy tokens, t (N,) or (1,), c (N, D) the decoder's
+    vectors z, to the noise and variance of the tokens (N, 2F)."""
+
+    def __init__(self, in_channels, model_channels, z_channels, num_res_blocks):
+        super().__init__()
+        self.time_embed = TimestepEmbedder(model_channels)
+        self.cond_embed = nn.Linear(z_channels, model_channels)
+        self.input_proj = nn.Linear(in_channels, model_channels)
+        self.res_blocks = nn.ModuleList([ResBlock(model_channels) for _ in range(num_res_blocks)])
+        self.final_layer = FinalLayer(model_channels, 1, 2 * in_channels)
+
+    def forward(self, x, t, c):
+        c = self.time_embed(t) + self.cond_embed(c)                          # (N, W)
+        x = self.input_proj(x).unsqueeze(1)                                  # (N, 1, W): each token alone
+        for block in self.res_blocks:
+            x = block(x, c)
+        return self.final_layer(x, c).squeeze(1)
+
+
+class MAR(nn.Module):
+    """Masked autoregressive transformer. The defaults are MAR-L on 16x16 latents, of 16 channels, of 256x256 images:
+    478,326,304 parameters.
+
+    input_size, patch_size, in_channels: as for DiT; buffer_size: tokens of the class, in front; diffloss_w, diffloss_d:
+    width and blocks of the head; dropout: in attention and MLP, in training. Raises ValueError where sizes do not
+    divide. Source: LTH14/mar, models/mar.py (names, initialisation and numerics; the text is ours)."""
+    block_lists, objective = ("encoder_blocks", "decoder_blocks"), "mar"
+
+    def __init__(self, input_size=16, patch_size=1, in_channels=16, hidden_size=1024, encoder_depth=16,
+                 decoder_depth=16, num_heads=16, mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000,
+                 buffer_size=64, diffloss_w=1280, diffloss_d=8, dropout=0.1):
+        super().__init__()
+        if input_size % patch_size or hidden_size % num_heads:
+            raise ValueError(f"input_size {input_size} must be a multiple of patch_size {patch_size}, and hidden_size "
+                             f"{hidden_size} of num_heads {num_heads}")
+        self.input_size, self.patch_size, self.in_channels, self.hidden_size = \
+            input_size, patch_size, in_channels, hidden_size
+        self.num_heads, self.mlp_ratio, self.class_dropout_prob = num_heads, mlp_ratio, class_dropout_prob
+        self.num_classes, self.buffer_size, self.dropout = num_classes, buffer_size, dropout
+        self.diffloss_w, self.diffloss_d = diffloss_w, diffloss_d
+        self.num_tokens = T = (input_size // patch_size) ** 2
+        D, F_ = hidden_size, in_channels * patch_size ** 2
+
+        def table(*shape):
+            return nn.Parameter(0.02 * torch.randn(*shape))
+
+        def blocks(depth):
+            return nn.ModuleList([Block(D, num_heads, mlp_ratio, dropout) for _ in range(depth)])
+
+        self.class_emb = ClassEmbedding(num_classes, D, class_dropout_prob)
+        self.fake_latent, self.mask_token = table(1, D), table(1, 1, D)
+        self.z_proj, self.z_proj_ln = nn.Linear(F_, D), nn.LayerNorm(D, eps=1e-6)
+        self.encoder_pos_embed_learned = table(1, buffer_size + T, D)
+        self.encoder_blocks, self.encoder_norm = blocks(encoder_depth), nn.LayerNorm(D, eps=1e-6)
+        self.decoder_embed, self.decoder_pos_embed_learned = nn.Linear(D, D), table(1, buffer_size + T, D)
+        self.decoder_blocks, self.decoder_norm = blocks(decoder_depth), nn.LayerNorm(D, eps=1e-6)
+        self.diffusion_pos_embed_learned = table(1, T, D)
+        self.diffloss = nn.ModuleDict({"net": SimpleMLPAdaLN(F_, diffloss_w, D, diffloss_d)})
+        self.initialize_weights()
+
+    def initialize_weights(self):
+        head = self.diffloss["net"]
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for weight in (self.class_emb.weight, head.time_embed.mlp[0].weight, head.time_embed.mlp[2].weight):
+            nn.init.normal_(weight, std=0.02)
+        for linear in [block.adaLN_modulation[1] for block in (*head.res_blocks, head.final_layer)] + \
+                [head.final_layer.linear]:                                   # as in DiT
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    y_embedder = property(lambda self: self.class_emb)       # where Chapter 5 finds `token_drop`
+    blocks = property(lambda self: [*self.encoder_blocks, *self.decoder_blocks])
+    cuts = property(lambda self: (len(self.encoder_blocks),))
+
+    def config(self):
+        """As `DiT.config`."""
+        names = ("input_size", "patch_size", "in_channels", "hidden_size", "num_heads", "mlp_ratio",
+                 "class_dropout_prob", "num_classes", "buffer_size", "diffloss_w", "diffloss_d", "dropout")
+        return {name: getattr(self, name) for name in names} | {"encoder_depth": len(self.encoder_blocks),
+                                                                "decoder_depth": len(self.decoder_blocks)}
+
+    def condition(self, x, known, y, mask=None, hidden=(), dropped_share=1.0):
+        """What the tokens x (B, T, F) that are `known` (B, T), in every example as many, say of the others: the vectors
+        z (B, T, D), and the outputs of the `hidden` blocks. The rest as for `DiT.forward`. Raises ValueError where
+        examples differ in the number of known tokens."""
+        B, E, D = len(x), len(self.encoder_blocks), self.hidden_size
+        counts = known.sum(1)
+        if (counts != counts[0]).any():
+            raise ValueError("expected as many known tokens in every example of a batch")
+        first = torch.cat([known.new_ones(B, self.buffer_size), known], 1).byte()            # the buffer is known
+        seen = first.argsort(dim=1, descending=True, stable=True)[:, :self.buffer_size + int(counts[0])]
+        seen = seen.unsqueeze(2).expand(-1, -1, D)                           # (B, buffer + known, D), as gather wants
+        masks = (None, None) if mask is None else mask.split([E, mask.shape[1] - E], dim=1)
+
+        buffer = self.class_emb(y, self.fake_latent).unsqueeze(1).expand(-1, self.buffer_size, -1)
+        x = self.z_proj_ln(torch.cat([buffer, self.z_proj(x)], 1) + self.encoder_pos_embed_learned)
+        x, features = masked_forward(self.encoder_blocks, x.gather(1, seen), mask=masks[0], hidden=hidden,
+                                     dropped_share=dropped_share)
+        x = self.decoder_embed(self.encoder_norm(x))                         # (B, buffer + known, D)
+        full = self.mask_token.to(x.dtype).expand(B, first.shape[1], -1).scatter(1, seen, x)
+        x, more = masked_forward(self.decoder_blocks, full + self.decoder_pos_embed_learned, mask=masks[1],
+                                 hidden=[i - E for i in hidden], dropped_share=dropped_share)
+        return self.decoder_norm(x)[:, self.buffer_size:] + self.diffusion_pos_embed_learned, features + more
+
+    def forward(self, x, t, y, mask=None, hidden=None, dropped_share=1.0):
+        """Predict the noise and the variance in the noisy ones of the tokens x (R * B, T, F).
+
+        t (R * B, T): their timesteps, -1 for the known ones; y (B,) labels; R > 1: the same known tokens R times, one
+        copy of the batch after the other, with other noise, for which the blocks run only once. mask, hidden and
+        dropped_share as for DiT. Returns (N, 2F), a row for every noisy token."""
+        z, features = self.condition(x[:len(y)], t[:len(y)] < 0, y, mask, hidden or (), dropped_share)
+        noisy = t >= 0
+        out = self.diffloss["net"](x[noisy], t[noisy], z.repeat(len(x) // len(y), 1, 1)[noisy])
+        return out if hidden is None else (out, features)
+
+
+class MaskedAutoregression(GaussianDiffusion):
+    """MAR's objective: a share of an image's tokens is known, and a diffusion with a cosine schedule draws the others,
+    each by itself. The calls of `GaussianDiffusion`, with times t (R * B, T) of single tokens, -1 for known ones.
+
+    num_tokens: T; mask_ratio_min: the least share of tokens that are not known, in training; repeats: R, how often a
+    batch is noised for one pass through the blocks. Source: arXiv:2406.11838 and LTH14/mar."""
+    options = ("head_steps", "temperature")
+
+    def __init__(self, num_tokens=256, mask_ratio_min=0.7, repeats=4):
+        abar = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2           # arXiv:2102.09672
+        super().__init__(np.minimum(1 - abar[1:] / abar[:-1], 0.999))
+        self.num_tokens, self.mask_ratio_min, self.repeats = num_tokens, mask_ratio_min, repeats
+
+    def _times(self, order, t, ratio):
+        """t (R * B, T), with -1 for all but the first `ratio` of the tokens in the `order` (B, T)."""
+        known = order.argsort(1) >= math.ceil(self.num_tokens * ratio)       # the place of every token in the order
+        return t.masked_fill(known.repeat(len(t) // len(known), 1), -1)
+
+    def sample_t(self, batch_size, device=None):
+        """Training times (R * B, T), of a random share of random tokens; the share is the same in all examples, so
+        that the known tokens fill a rectangle."""
+        ratio = nn.init.trunc_normal_(torch.empty(()), 1.0, 0.25, self.mask_ratio_min, 1.0).item()
+        order = torch.rand(batch_size, self.num_tokens, device=device).argsort(1)
+        t = torch.randint(self.num_timesteps, (self.repeats * batch_size, self.num_tokens), device=device)
+        return self._times(order, t, ratio)
+
+    def spread_t(self, n, device=None):
+        """Times (n, T), always the same ones; the share of noisy tokens is in the middle of training's."""
+        generator = torch.Generator().manual_seed(0)
+        order = torch.rand(n, self.num_tokens, generator=generator).argsort(1)
+        t = torch.randint(self.num_timesteps, (n, self.num_tokens), generator=generator)
+        return self._times(order, t, (1 + self.mask_ratio_min) / 2).to(device)
+
+    def _tokens(self, x, t):
+        """Those tokens (N, F) of images x (B, C, H, W) that are noisy at t (R * B, T)."""
+        return patchify(x, t.shape[1]).repeat(len(t) // len(x), 1, 1)[t >= 0]
+
+    def q_sample(self, x0, t, noise):
+        """The tokens (R * B, T, F) of x0 (B, C, H, W), the noisy ones with their noise, from noise (R * B, C, H, W)."""
+        x = patchify(x0, t.shape[1]).repeat(len(t) // len(x0), 1, 1)
+        x[t >= 0] = super().q_sample(x[t >= 0], t[t >= 0], self._tokens(noise, t))
+        return x
+
+    def losses(self, model_output, x0, x_t, t, noise, snr_gamma=math.inf):
+        """As for `GaussianDiffusion`, the means over an image's noisy tokens."""
+        terms = super().losses(model_output, self._tokens(x0, t), x_t[t >= 0], t[t >= 0], self._tokens(noise, t),
+                               snr_gamma)
+        return {name: term.view(-1, len(x0), len(term) // len(t)).mean((0, 2)) for name, term in terms.items()}
+
+    def distillation_losses(self, student_output, teacher_output, x_t, t):
+        """As for `GaussianDiffusion`; (R * B,), the means over an image's noisy tokens."""
+        distances = super().distillation_losses(student_output, teacher_output, x_t[t >= 0], t[t >= 0])
+        return distances.view(len(t), -1).mean(1)
+
+    @torch.inference_mode()
+    def sample(self, model, y, draw, steps=64, guidance=1.0, head_steps=100, temperature=1.0, clip_denoised=False,
+               dtype=None):
+        """Images (B, C, H, W) of the classes y (B,), in `steps` steps, each of which opens some tokens in a random
+        order: after step i of n, floor(T cos(pi/2 (i + 1) / n)) are left, and one fewer than before at the least.
+
+        draw(*shape) as for GaussianDiffusion, but of any shape (B, *shape). guidance acts on all of a token, and grows
+        linearly with the share of opened tokens; head_steps: steps of the head's diffusion; temperature: a factor of
+        its noise. Raises ValueError for more steps than tokens, or none."""
+        T, P, size, left = self.num_tokens, model.patch_size, model.input_size, self.num_tokens
+        if not 1 <= steps <= T:
+            raise ValueError(f"{steps} sampling steps: expected 1 to {T}, since each one opens a token of {T}")
+        order, known = draw(T).argsort(1), torch.zeros(len(y), T, dtype=torch.bool, device=y.device)
+        x = torch.zeros(len(y), T, model.in_channels * P * P, device=y.device)
+        labels = y if guidance == 1 else torch.cat([y, torch.full_like(y, model.num_classes)])
+        for i in range(steps):
+            after = max(1, min(left - 1, math.floor(T * math.cos(math.pi / 2 * (i + 1) / steps))))
+            scale = 1 + (guidance - 1) * (T - after) / T     # the last step too counts one as left, as in the official
+            opened, left = order[:, T - left:T - (after if i + 1 < steps else 0)], after
+            copies = len(labels) // len(y)
+            with autocast(y.device, dtype):
+                z, _ = model.condition(x.repeat(copies, 1, 1), known.repeat(copies, 1), labels)
+            z = z.gather(1, opened.repeat(copies, 1).unsqueeze(2).expand(-1, -1, z.shape[2])).flatten(0, 1)
+
+            def predict(noisy, t):
+                parts, F_ = model.diffloss["net"](noisy.repeat(copies, 1), t, z).chunk(copies), noisy.shape[1]
+                cond, uncond = parts[0], parts[-1]           # the same where guidance is 1
+                return torch.cat([torch.lerp(uncond[:, :F_], cond[:, :F_], scale), cond[:, F_:]], 1)
+
+            tokens = self.denoise(predict, lambda: draw(opened.shape[1], x.shape[2]).flatten(0, 1), head_steps,
+                                  clip_denoised=clip_denoised, temperature=temperature, dtype=dtype)
+            x.scatter_(1, opened.unsqueeze(2).expand(-1, -1, x.shape[2]), tokens.view(len(y), -1, x.shape[2]))
+            known.scatter_(1, opened, True)
+        return F.fold(x.transpose(1, 2), (size, size), P, stride=P)          # (B, C, H, W)
+
+
+def _mar(depth, hidden_size, num_heads, diffloss_w, diffloss_d, **more):
+    return functools.partial(MAR, encoder_depth=depth, decoder_depth=depth, hidden_size=hidden_size,
+                             num_heads=num_heads, diffloss_w=diffloss_w, diffloss_d=diffloss_d, **more)
+
+
+MAR_models = {
+    "MAR-L": _mar(16, 1024, 16, 1280, 8), "MAR-B": _mar(12, 768, 12, 1024, 6),
+    "MAR-toy": _mar(6, 64, 4, 128, 2, patch_size=4, buffer_size=8, dropout=0.0),
+}
+ALL_MODELS = DiT_models | MAR_models
+OBJECTIVES = {"ddpm": GaussianDiffusion, "flow": FlowMatching, "mar": MaskedAutoregression}
+
+
+def objective_of(name, model):
+    """The objective of this name, for `model`."""
+    return MaskedAutoregression(model.num_tokens) if name == "mar" else OBJECTIVES[name]()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chapter 7. Measuring
 #
 # The Frechet distance compares two sets of images through the mean and covariance of their features under some
 # network: |mu1 - mu2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)). FID takes the features of an Inception network trained on
@@ -1252,7 +1562,7 @@ def measure(models, labels, shape, look, real, diffusion, sampling, decode, *, s
     starts the progress line; None: no line. state: a TrainingState, whose steps are here batches, to go on from.
     Returns {name: dict of plain numbers} and {name: FeatureStatistics}. Raises ValueError where batches have fewer
     images than there are processes."""
-    device = next(iter(models.values())).pos_embed.device
+    device = next(next(iter(models.values())).parameters()).device
     if min(batch_size, len(labels) % batch_size or batch_size) < world_size():
         raise ValueError(f"{len(labels)} images in batches of {batch_size} do not feed {world_size()} processes")
 
@@ -1287,7 +1597,7 @@ def measure(models, labels, shape, look, real, diffusion, sampling, decode, *, s
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Chapter 7. Data
+# Chapter 8. Data
 #
 # Small images are uint8 tensors (N, C, H, W) until a batch is made; the models see them in [-1, 1]. Large ones are
 # first made smaller by an autoencoder (VAE), which turns 256x256 pixels into a latent of 32x32 numbers in 4 channels;
@@ -1589,7 +1899,7 @@ def encode_images(folder, size, vae, out, settings, batch_size=16, every=50):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Chapter 8. The training loop
+# Chapter 9. The training loop
 #
 # One loop serves the teacher, the layers, the student and the judge: AdamW, gradient clipping, and an exponential
 # moving average (EMA) of the weights, from which images are drawn. A long run can be stopped, even killed, at any
@@ -1834,7 +2144,7 @@ def progress(label, steps, log_file=None, unit="steps", first=0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Chapter 9. Files, sampling with seeds, and pictures
+# Chapter 10. Files, sampling with seeds, and pictures
 #
 # Every result is written under another name and then renamed, so that a whole file or none is there, whenever the
 # program is stopped (log.jsonl alone grows line by line). Files are loaded as data, never as code.
@@ -1885,7 +2195,7 @@ def write_whole(path, write):
 
 def save_checkpoint(path, model, sampling, classes, **more):
     """A checkpoint with all that is needed to sample from it: `ema` (the weights, under official names), `config` (the
-    arguments of DiT), `sampling` (arguments of GaussianDiffusion.sample), `classes` (names), and more plain data."""
+    arguments of DiT or MAR), `sampling` (those of the objective's `sample`), `classes` (names), and more plain data."""
     content = {"ema": model.state_dict(), "config": model.config(), "sampling": sampling, "classes": classes, **more}
     write_file(path, lambda file: torch.save(content, file))
 
@@ -1935,41 +2245,63 @@ def made_with(path, settings, entry):
     return result
 
 
-def dit_config(weights):
-    """The arguments of DiT that fit a state dict of official names, told from its shapes. The heads, which no shape
-    tells, are those of the model in DiT_models of the same width. Raises ValueError where there is none, or where the
-    weights are not a DiT's."""
+def unallocated(build):
+    """What build() makes, with weights that have shapes and no memory."""
+    with torch.device("meta"):
+        return build()
+
+
+def config_of(weights):
+    """The arguments of DiT or MAR that fit a state dict of official names, told from its shapes. The heads, which no
+    shape tells, are those of the model in ALL_MODELS of the same width. Raises ValueError where there is none, or where
+    the weights are of neither."""
+    def depth(name):
+        return len({key.split(".")[1] for key in weights if key.startswith(f"{name}.")})
+
+    def size(name, dimension=0):
+        return weights[name].shape[dimension]
+
     try:
-        (D, C, P, _), T = weights["x_embedder.proj.weight"].shape, weights["pos_embed"].shape[1]
-        blocks = {int(name.split(".")[1]) for name in weights if name.startswith("blocks.")}
-        hidden, outputs = weights["blocks.0.mlp.fc1.bias"].shape[0], weights["final_layer.linear.bias"].shape[0]
-        classes = weights["y_embedder.embedding_table.weight"].shape[0] - 1              # the last row is no class
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
-        raise ValueError(f"not the weights of a DiT ({error})") from None
-    heads = {build.keywords["hidden_size"]: build.keywords["num_heads"] for build in DiT_models.values()}
+        if "fake_latent" in weights:
+            D, T, F_ = *weights["diffusion_pos_embed_learned"].shape[:0:-1], size("z_proj.weight", 1)
+            config = {"input_size": math.isqrt(T), "patch_size": 1, "in_channels": F_,       # so in official ones
+                      "encoder_depth": depth("encoder_blocks"), "decoder_depth": depth("decoder_blocks"),
+                      "mlp_ratio": size(next(key for key in weights if key.endswith("mlp.fc1.bias"))) / D,
+                      "num_classes": size("class_emb.weight"),
+                      "buffer_size": size("encoder_pos_embed_learned", 1) - T,
+                      "diffloss_w": size("diffloss.net.input_proj.bias"),
+                      "diffloss_d": len({key.split(".")[3] for key in weights if "net.res_blocks" in key})}
+        else:
+            (D, C, P, _), T = weights["x_embedder.proj.weight"].shape, size("pos_embed", 1)
+            config = {"input_size": math.isqrt(T) * P, "patch_size": P, "in_channels": C, "depth": depth("blocks"),
+                      "mlp_ratio": size("blocks.0.mlp.fc1.bias") / D,
+                      "num_classes": size("y_embedder.embedding_table.weight") - 1,          # the last row is no class
+                      "learn_sigma": size("final_layer.linear.bias") == 2 * C * P * P}
+    except (KeyError, IndexError, ValueError, AttributeError, StopIteration) as error:
+        raise ValueError(f"not the weights of a DiT or MAR ({error})") from None
+    heads = {build.keywords["hidden_size"]: build.keywords["num_heads"] for build in ALL_MODELS.values()}
     if D not in heads:
         raise ValueError(f"width {D} is of no known model ({', '.join(map(str, heads))}), so its heads are unknown")
-    return {"input_size": math.isqrt(T) * P, "patch_size": P, "in_channels": C, "hidden_size": D, "depth": len(blocks),
-            "num_heads": heads[D], "mlp_ratio": hidden / D, "num_classes": classes,
-            "learn_sigma": outputs == 2 * C * P * P}
+    return config | {"hidden_size": D, "num_heads": heads[D]}
 
 
 def load_checkpoint(path, device="cpu"):
     """The model of a checkpoint, in eval mode on `device`, and a dict with its `config`, `sampling` and `classes`.
 
-    Takes this program's checkpoints, and those of facebookresearch/DiT and of the public TinyFusion code: a plain state
-    dict, or a dict with `ema` (preferred) or `model`, whose names may start with "module."; the size is then told from
-    the shapes, and `sampling` is the paper's. Raises UserError as `read_checkpoint` does, and where weights and
-    configuration disagree. Nothing is allocated before they have been compared."""
+    Takes this program's checkpoints, and those of facebookresearch/DiT, of SiT, LTH14/mar and the public TinyFusion
+    code: a plain state dict, or a dict with `ema` or `model_ema` (preferred) or `model`, whose names may start with
+    "module."; the size is then told from the shapes, and `sampling` is the paper's. Raises UserError as
+    `read_checkpoint` does, and where weights and configuration disagree. Nothing is allocated before they have been
+    compared."""
     checkpoint = read_checkpoint(path, ())
-    weights = next((checkpoint[name] for name in ("ema", "model") if name in checkpoint), checkpoint)
+    weights = next((checkpoint[name] for name in ("ema", "model_ema", "model") if name in checkpoint), checkpoint)
     try:
         weights = {name.removeprefix("module."): weight.float() for name, weight in weights.items()}
-        config = checkpoint["config"] if "config" in checkpoint else dit_config(weights)
-        if config.get("depth", 28) > len(weights):
-            raise ValueError(f"depth {config['depth']} with {len(weights)} weights")
-        with torch.device("meta"):               # shapes without memory
-            model = DiT(**config)
+        config = checkpoint["config"] if "config" in checkpoint else config_of(weights)
+        blocks = sum(config.get(name, 0) for name in ("depth", "encoder_depth", "decoder_depth"))
+        if blocks > len(weights):
+            raise ValueError(f"{blocks} blocks with {len(weights)} weights")
+        model = unallocated(functools.partial(MAR if "fake_latent" in weights else DiT, **config))
     except (TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"checkpoint {path}: weights and config disagree: {reason}") from None
@@ -1981,16 +2313,20 @@ def load_checkpoint(path, device="cpu"):
     model.load_state_dict(weights, assign=True)
     official = {"sampling": {"steps": 250, "guidance": 1.5, "eta": 1.0, "clip_denoised": False},
                 "classes": [str(i) for i in range(model.num_classes)]}
+    if model.objective == "mar":                 # the repository's settings for MAR-L
+        official["sampling"] = {"steps": 256, "guidance": 3.0, "head_steps": 100, "temperature": 1.0}
     return model.to(device).eval(), official | checkpoint | {"config": model.config()}
 
 
 def noise_source(indices, shape, seed, device="cpu"):
-    """A function that returns fresh standard normal noise (B, *shape) at every call. Image `i` of a `seed` has a random
-    stream of its own, so it is the same image whatever the batch it is drawn in, on any device."""
+    """A function that returns fresh standard normal noise (B, *shape) at every call, or (B, *other) where it is given
+    another shape. Image `i` of a `seed` has a random stream of its own, so it is the same image whatever the batch it
+    is drawn in, on any device."""
     streams = [np.random.Generator(np.random.Philox(key=[seed, i])) for i in indices]
 
-    def draw():
-        noise = torch.from_numpy(np.stack([s.standard_normal(tuple(shape), dtype=np.float32) for s in streams]))
+    def draw(*other):
+        size = other or tuple(shape)
+        noise = torch.from_numpy(np.stack([s.standard_normal(size, dtype=np.float32) for s in streams]))
         if torch.device(device).type == "cuda":  # from pinned memory the copy does not wait for the GPU
             return noise.pin_memory().to(device, non_blocking=True)
         return noise.to(device)
@@ -2129,7 +2465,7 @@ def print_table(header, rows):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Chapter 10. The laboratory: does learning beat the rules?
+# Chapter 11. The laboratory: does learning beat the rules?
 #
 # Older methods drop the blocks that hurt least *now*. The paper's claim (its Table 3 and Figure 5): the loss right
 # after pruning does not tell how good a model will be after fine-tuning, its recoverability. Here that can be seen.
@@ -2332,9 +2668,9 @@ class Laboratory:
         teacher = Injected(self.teacher, how["injected"]) if how["injected"] else self.teacher
         torch.manual_seed(seed)
         try:
-            student = recover(student, teacher, self.diffusion, self.batches(seed), match_blocks(how["groups"], kept),
-                              kd=how["kd"], k=how["k"], on_step=lambda step, seen: losses.append(seen["loss"]),
-                              **self.recovery)
+            pairs = match_blocks(how["groups"], kept, self.teacher.cuts)
+            student = recover(student, teacher, self.diffusion, self.batches(seed), pairs, kd=how["kd"], k=how["k"],
+                              on_step=lambda step, seen: losses.append(seen["loss"]), **self.recovery)
         except NonFiniteLoss:
             return {"loss_after_pruning": before, "loss": math.inf, "first_loss": (losses + [math.inf])[0],
                     "toy_fid": math.inf}
@@ -2479,7 +2815,7 @@ COMPARISONS = {"criteria": compare_criteria, "groups": compare_groups, "recovery
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Chapter 11. The command line
+# Chapter 12. The command line
 #
 # Four stages, each with one result in the output folder. A result carries the settings it was made with: found again
 # with the same ones it is reused; with others, the run stops before it does anything. A stage that was stopped goes on.
@@ -2540,11 +2876,12 @@ COUNT, RATE = number(int, 1), number(float, 1e-12)
 # Flag and placeholder; type, or the words allowed; default, a pair where the toy's differs from that of the other
 # models; the first stage whose result depends on it; help.
 FLAGS = [
-    ("--model NAME", tuple(DiT_models), "toy", "teacher", f"one of {', '.join(DiT_models)}"),
+    ("--model NAME", tuple(ALL_MODELS), "toy", "teacher", f"one of {', '.join(ALL_MODELS)}"),
     ("--ckpt FILE", nonempty, None, "teacher",
      "start from this teacher, official or ours, instead of training one; --model is told from it"),
-    ("--objective NAME", tuple(OBJECTIVES), "ddpm", "teacher",
-     "ddpm, as DiT, or flow, as SiT, whose official checkpoints do not tell"),
+    ("--objective NAME", ("ddpm", "flow"), None, "teacher",
+     "ddpm, as DiT, or flow, as SiT, whose official checkpoints do not tell (ddpm, or the checkpoint's; a MAR has its "
+     "own)"),
     ("--data DIR", nonempty, None, "teacher",
      "folder of images, one sub-folder per class, or of latents; without it, drawn digits"),
     ("--image-size N", number(int, 4), None, "teacher",
@@ -2553,7 +2890,7 @@ FLAGS = [
     ("--seed N", number(int, 0, 2 ** 31), 0, "teacher", "seed of everything random"),
     ("--ema X", number(float, 0, 0.999999), (0.99, 0.9999), "teacher", "decay of the average of the weights"),
     ("--teacher-steps N", COUNT, (1200, 400_000), "teacher", "training steps (batches, not epochs) of a new teacher"),
-    ("--teacher-lr X", RATE, (1e-2, 1e-4), "teacher", "the teacher's learning rate"),
+    ("--teacher-lr X", RATE, (1e-2, 1e-4), "teacher", "the teacher's learning rate (MAR-toy: 0.002)"),
     ("--criterion NAME", ("learned", *CRITERIA), "learned", "learn",
      f"how the blocks to keep are chosen: learned, {', '.join(CRITERIA)}"),
     ("--kept LIST", block_list, None, "learn", "keep these blocks, as in 0,2,5, instead of choosing any"),
@@ -2573,10 +2910,13 @@ FLAGS = [
     ("--kd HOW", KD_MODES, "masked", "recover", f"what the student learns from: {', '.join(KD_MODES)}"),
     ("--measure LIST", word_list(*MODELS), ",".join(MODELS), "measure", "models for stage measure"),
     ("--samples N", number(int, 10), (500, 50_000, 500), "measure", "images drawn from each model to measure it"),
-    ("--sample-steps N", number(int, 2, 1000), (50, 250, 25), "measure", "sampling steps per image"),
+    ("--sample-steps N", number(int, 2, 1000), (50, 250, 25), "measure",
+     "sampling steps per image (MAR-toy: 8; of any MAR no more than it has tokens)"),
     ("--guidance X", number(float, 0), 1.5, "measure", "classifier-free guidance scale; 1 is without"),
     ("--eta X", number(float, 0, 1), 1.0, "measure", "objective ddpm: 1 samples by DDPM, 0 by DDIM"),
     ("--solver NAME", ("euler", "heun"), "heun", "measure", "objective flow: euler, or heun, two model calls a step"),
+    ("--head-steps N", number(int, 2, 1000), (10, 100), "measure", "MAR: steps of the head's diffusion"),
+    ("--temperature X", number(float, 0), 1.0, "measure", "MAR: a factor of the noise in them"),
     ("--vae NAME", nonempty, None, "measure", "autoencoder of latents, on Hugging Face or a folder (needs diffusers)"),
     ("--inception FILE", nonempty, None, "measure", "measure FID by this TorchScript network, instead of toy-FID"),
     ("--ref PATH", nonempty, None, "measure",
@@ -2597,13 +2937,14 @@ FLAGS = [
     ("--out DIR", nonempty, None, None, "folder of the results: runs/toy, or runs/NAME for --data NAME"),
     ("--device NAME", nonempty, None, "measure", "cpu, cuda, cuda:1 ...; without it, the first GPU if there is one"),
 ]
+MAR_TOY = {"teacher_lr": 2e-3, "sample_steps": 8}            # defaults of MAR-toy that are not toy's
 
 
 def parse_args(argv=None):
     """Flags to a namespace, checked, with the model's defaults filled in."""
     parser = Parser(prog="tinyfusion.py", formatter_class=argparse.RawDescriptionHelpFormatter, description=(
         "Train a diffusion transformer, learn which of its layers to keep, prune it, recover it and measure it.\n"
-        "With no flag: drawn digits, on a laptop, into runs/toy. Of a default a / b, a is that of --model toy, and b\n"
+        "With no flag: drawn digits, on a laptop, into runs/toy. Of a default a / b, a is that of toy models, and b\n"
         "that of every other model and of --ckpt (the paper's for DiT-XL, where it has one); a third, of --compare."))
     for flag, kind, default, _, words in FLAGS:
         if kind is bool:
@@ -2615,32 +2956,39 @@ def parse_args(argv=None):
         check = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         parser.add_argument(flag, metavar=placeholder, default=default, help=words, **check)
     args = parser.parse_args(argv)
-    build, args.teacher = DiT_models[args.model].keywords, None
+    args.teacher, told = None, None
     if args.ckpt:
         if args.model != "toy":
             parser.error("--ckpt and --model: give one of them; the size is told from the checkpoint")
         args.teacher, content = load_checkpoint(args.ckpt)
-        build, args.classes = args.teacher.config(), content["classes"]
-        if content.get("objective", args.objective) != args.objective:
-            parser.error(f"--ckpt was trained with --objective {content['objective']}: give that")
-        args.model = next((name for name, model in DiT_models.items()
-                           if model.keywords["hidden_size"] == build["hidden_size"]), "of --ckpt")
-        args.image_size = args.image_size or build["input_size"]
+        args.classes, told = content["classes"], content.get("objective")
+        args.model = next((name for name, model in ALL_MODELS.items() if isinstance(args.teacher, model.func)
+                           and model.keywords["hidden_size"] == args.teacher.hidden_size), "of --ckpt")
+        args.image_size = args.image_size or args.teacher.input_size
         args.ckpt = f"{Path(args.ckpt).resolve()}, {checksum(args.teacher)}"
+    model = args.teacher or unallocated(ALL_MODELS[args.model])
+    depth, patch, told = len(model.blocks), model.patch_size, "mar" if model.objective == "mar" else told
+    if told and args.objective not in (None, told):
+        parser.error(f"--objective {args.objective}: {args.ckpt or args.model} has the objective {told}; leave it out")
+    args.objective = args.objective or told or model.objective
+    args.image_size = args.image_size or (256 if args.encode else 16)
+    toy = "toy" in args.model
     for name, value in vars(args).items():
         if isinstance(value, tuple):
-            setattr(args, name, value[2 if args.compare and len(value) > 2 else args.model != "toy"])
-    args.image_size = args.image_size or (256 if args.encode else 16)
-    args.learn_batch_size = args.learn_batch_size or max(1, args.batch_size // (1 if args.model == "toy" else 2))
-    if args.image_size % build["patch_size"]:
-        parser.error(f"argument --image-size: {args.image_size} is no multiple of the patch, {build['patch_size']}")
+            value = value[2 if args.compare and len(value) > 2 else not toy]
+            value = MAR_TOY.get(name, value) if args.model == "MAR-toy" else value
+            most = (args.image_size // patch) ** 2 if (name, args.objective) == ("sample_steps", "mar") else math.inf
+            setattr(args, name, min(value, most))
+    args.learn_batch_size = args.learn_batch_size or max(1, args.batch_size // (1 if toy else 2))
+    if args.image_size % patch:
+        parser.error(f"argument --image-size: {args.image_size} is no multiple of the patch, {patch}")
     try:
-        budget = sum(n for n, _ in parse_groups(args.groups, build["depth"]))
+        budget = sum(n for n, _ in parse_groups(args.groups, depth))
     except ValueError as error:
         parser.error(f"argument --groups: {error}")
-    if args.kept and args.kept[-1] >= build["depth"]:
-        parser.error(f"argument --kept: block {args.kept[-1]} of a model with blocks 0 to {build['depth'] - 1}")
-    if args.criterion == "oracle" and 2 * budget != build["depth"]:
+    if args.kept and args.kept[-1] >= depth:
+        parser.error(f"argument --kept: block {args.kept[-1]} of a model with blocks 0 to {depth - 1}")
+    if args.criterion == "oracle" and 2 * budget != depth:
         parser.error(f"argument --criterion: oracle keeps half of the blocks, --groups {args.groups} keeps {budget}")
     several = int(os.environ.get("WORLD_SIZE", 1))
     if several > 1 and (args.compare or args.encode or args.fid):
@@ -2655,9 +3003,10 @@ def parse_args(argv=None):
                 "compile", "inception", "ref", "vae") if getattr(args, name) != parser.get_default(name)]
     if args.compare and changed:
         parser.error(f"--compare sets these itself, or has no use for them: leave out {', '.join(changed)}")
-    for name, objective in (("eta", "ddpm"), ("solver", "flow")):
-        if args.objective != objective and getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name} is of --objective {objective}: leave it out")
+    for objective, kind in OBJECTIVES.items():
+        for name in kind.options:
+            if args.objective != objective and getattr(args, name) not in np.ravel(parser.get_default(name)):
+                parser.error(f"--{name.replace('_', '-')} is of objective {objective}: leave it out")
     for flag, other in (("quick", "compare"), ("save_stats", "fid"), ("encode", "vae"), ("inception", "measure")):
         if getattr(args, flag) and not getattr(args, other):
             parser.error(f"--{flag.replace('_', '-')} goes with --{other}")
@@ -2701,16 +3050,15 @@ class Run:
         if len(data.labels) < max(20, args.batch_size, args.learn_batch_size):
             raise UserError(f"{len(data.labels)} images are too few; expected at least 20, and no fewer than "
                             f"--batch-size {args.batch_size} and --learn-batch-size {args.learn_batch_size}")
-        self.shape, self.classes = data.shape, data.classes
-        config = args.teacher.config() if args.teacher else DiT_models[args.model].keywords
-        if data.shape[1] % config["patch_size"]:
-            raise UserError(f"--data {args.data}: {data.shape} is no multiple of the patch, {config['patch_size']}")
-        if args.teacher:
-            self.classes = args.classes
-            expected = (config["in_channels"], config["input_size"], config["input_size"])
-            if data.shape != expected or len(data.classes) > config["num_classes"]:
-                raise UserError(f"--ckpt is for {config['num_classes']} classes of {expected}; --data has "
-                                f"{len(data.classes)} of {data.shape}")
+        self.shape, self.classes = data.shape, args.classes if args.teacher else data.classes
+        try:
+            model = args.teacher or unallocated(self.new_model)
+        except ValueError as error:
+            raise UserError(f"--data {args.data}, {data.shape}: {error}") from None
+        expected = (model.in_channels, model.input_size, model.input_size)
+        if data.shape != expected or len(data.classes) > model.num_classes:
+            raise UserError(f"--ckpt is for {model.num_classes} classes of {expected}; --data has "
+                            f"{len(data.classes)} of {data.shape}")
         if data.latent and args.compare:
             raise UserError("--compare measures toy-FID, of images; it takes no latents")
         if data.latent and not (args.vae and args.inception and args.ref) and "measure" in args.stages:
@@ -2718,10 +3066,16 @@ class Run:
                             "out, by --stages teacher,learn,recover")
         args.device = str(self.device) if world_size() == 1 else f"{world_size()} processes on {self.device.type}"
         args.data = f"{Path(args.data).resolve() if args.data else 'drawn digits'}, {data.describe()}"
-        self.groups = parse_groups(args.groups, config["depth"])
-        self.diffusion = OBJECTIVES[args.objective]()
-        self.sampling = {"steps": args.sample_steps, "guidance": args.guidance, "clip_denoised": not data.latent} | (
-            {"eta": args.eta} if args.objective == "ddpm" else {"solver": args.solver})
+        self.groups, self.diffusion = parse_groups(args.groups, len(model.blocks)), objective_of(args.objective, model)
+        if args.objective == "mar" and args.sample_steps > model.num_tokens:
+            raise UserError(f"--sample-steps {args.sample_steps}: each opens a token, and there are {model.num_tokens}")
+        self.sampling = {"steps": args.sample_steps, "guidance": args.guidance, "clip_denoised": not data.latent} | {
+            name: getattr(args, name) for name in self.diffusion.options}
+
+    def new_model(self):
+        """A model of --model's sizes for the data, new."""
+        return ALL_MODELS[self.args.model](input_size=self.shape[1], in_channels=self.shape[0],
+                                           num_classes=len(self.classes))
 
     def path(self, stage):
         return self.out / RESULTS[stage]
@@ -2811,8 +3165,7 @@ def stage_teacher(run):
         args.teacher = None                      # the other stages read the file
         return
     batches = run.batches("teacher", args.seed, state.step)
-    model = DiT_models[args.model](input_size=run.shape[1], in_channels=run.shape[0],
-                                   num_classes=len(run.classes)).to(run.device)
+    model = run.new_model().to(run.device)
     if args.model == "toy":    # labels at std 1, not the official 0.02: toy-FID 3.43 against 3.83 (seed 0)
         nn.init.normal_(model.y_embedder.embedding_table.weight, std=1.0)
 
@@ -2864,7 +3217,7 @@ def stage_recover(run):
     kept = json.loads(run.path("learn").read_text())["kept"]
     run.save_trained("recover", state, lambda: recover(
         prune(teacher, kept), teacher, run.diffusion, run.batches("recover", args.seed + 2, state.step),
-        match_blocks(run.groups, kept), kd=args.kd, **run.recovery(),
+        match_blocks(run.groups, kept, teacher.cuts), kd=args.kd, **run.recovery(),
         **run.loop("recover", args.recover_steps, state)), kept=kept, groups=run.groups)
 
 
@@ -2884,7 +3237,7 @@ def stage_measure(run):
         look, real = judge.look, statistics_of_data(data, judge.look)
     if args.compile:
         for model in models.values():
-            model.compile()
+            tune_blocks(model, compile=True)
     state = run.state("measure")
     rows, seen = measure(models, labels, run.shape, look, real, run.diffusion, run.sampling, decode, seed=args.seed,
                          batch_size=50 * world_size(), state=state)
@@ -2926,9 +3279,9 @@ def print_results(results):
 
 def conditions(settings):
     """What the figures were measured with, in words: a FID means nothing without."""
-    sampler = "eta" if settings["--objective"] == "ddpm" else "solver"
+    more = [name.replace("_", "-") for name in OBJECTIVES[settings["--objective"]].options]
     return ", ".join(f"{name} {settings['--' + name]}" for name in
-                     ("samples", "sample-steps", "guidance", sampler, "seed", "device"))
+                     ("samples", "sample-steps", "guidance", *more, "seed", "device"))
 
 
 def run_stages(args):
