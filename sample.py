@@ -5,8 +5,9 @@
     python sample.py --ckpt runs/toy/student.pt --num-images 5000 --npz a.npz         an ADM batch, for any FID program
     python sample.py --ckpt TinyDiT-D14.pt --vae stabilityai/sd-vae-ft-ema --labels 207,360,387,974,88,979,417,279
 
-Checkpoints of facebookresearch/DiT and of the public TinyFusion code are taken too. Models of latents (4 channels) draw
-latents, which are no images: --vae makes images of them, and without it --npz writes them, as `latents`.
+Checkpoints of facebookresearch/DiT, of SiT, LTH14/mar and the public TinyFusion code are taken too. Models of latents (4
+channels; MAR 16) draw latents, which are no images: --vae makes images of those of DiT and SiT, and without it --npz
+writes them, as `latents`.
 
 Image i of a seed is the same image whatever the batch size, on any device, but for the last bits of matrix products.
 How the checkpoint's own samples were drawn (steps, guidance, eta) is stored in it, and is the default here.

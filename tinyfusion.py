@@ -28,6 +28,7 @@ The method.  With weights Phi, search for the mask m together with the fine-tuni
 How to run.
     python tinyfusion.py                      the whole story on drawn digits, some minutes on a laptop, into runs/toy/
     python tinyfusion.py --data FOLDER        the same on your images, one sub-folder per class
+    python tinyfusion.py --model MAR-toy      the same with a MAR; --objective flow: with a SiT
     python tinyfusion.py --compare criteria   learning against older rules, all 64 masks recovered (--quick: some)
     torchrun --nproc_per_node=8 tinyfusion.py --ckpt DiT-XL-2-256x256.pt --data LATENTS    the paper's (see the README)
     python tinyfusion.py --help               every flag
@@ -36,13 +37,15 @@ How to run.
 Letters in the shape comments.
     B examples    T tokens    D width of a token    L blocks      K groups of blocks    N of M blocks kept in a group
     C channels of an image or latent    H, W its height and width    P side of a patch    F (in shapes) features
+    R (in Chapter 6) how often a batch is noised
 
 Chapters.
-    1 The model: DiT           4 Recoverability: LoRA       7 Data                    10 The laboratory
-    2 Diffusion                5 Recovery: masked KD        8 The training loop       11 The command line
-    3 The layer sampler        6 Measuring                  9 Files and pictures
-The method is in Chapters 3, 4 and 5, under 200 lines of code; the rest feeds it or judges it. Every function takes what
-it needs as arguments, so it can be copied out with those that it calls.
+    1 The model: DiT           4 Recoverability: LoRA       7 Measuring               10 Files and pictures
+    2 Diffusion                5 Recovery: masked KD        8 Data                    11 The laboratory
+    3 The layer sampler        6 Families: SiT and MAR      9 The training loop       12 The command line
+The method is in Chapters 3, 4 and 5, under 220 lines of code; the rest feeds it or judges it, and Chapter 6 can be left
+out on a first reading. Every function takes what it needs as arguments, so it can be copied out with those that it
+calls.
 
 Source: Fang, Li, Ma, Wang, "TinyFusion: Diffusion Transformers Learned Shallow", arXiv:2412.01199. Written from the
 paper; MIT licence.
@@ -231,7 +234,9 @@ class DiT(nn.Module):
     second half of channels for the variance. Raises ValueError where sizes do not divide.
     Source: facebookresearch/DiT, models.py (names, initialisation and numerics; the text is ours).
     """
-    block_lists, cuts, objective = ("blocks",), (), "ddpm"   # what other families have otherwise (Chapter 6)
+    # Where `prune` finds blocks; before which block the tokens become others; the objective if none is asked for. Other
+    # families (Chapter 6) have other ones.
+    block_lists, cuts, objective = ("blocks",), (), "ddpm"
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
                  mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000, learn_sigma=True):
@@ -283,7 +288,7 @@ class DiT(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], self.out_channels, self.input_size, self.input_size)
 
     def forward(self, x, t, y, mask=None, hidden=None, dropped_share=1.0):
-        """Predict the noise (and the variance) in x.
+        """Predict the noise (and the variance) in x, or what else the objective asks for.
 
         x (B, C, H, W); t (B,) timesteps, or (1,) where all share one; y (B,) labels, `num_classes` for no class;
         mask (B, L), 1 for a block that runs and 0 for one that is skipped, or None for all; mask and dropped_share as
@@ -328,14 +333,14 @@ DiT_models = {                                   # DiT_models["DiT-XL/2"](input_
 # ---------------------------------------------------------------------------------------------------------------------
 # Chapter 2. Diffusion
 #
-# Step t of 1000 adds noise of variance beta_t; abar_t, the product of 1 - beta up to t, is the share of the image
-# left. Training: mix an image x_0 with noise, x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, and have the model
-# predict the noise. Sampling: start from noise and walk t down, each step removing a little of the predicted noise
-# (DDPM, arXiv:2006.11239; DDIM, arXiv:2010.02502, is the same walk without fresh noise, good in fewer steps). The
-# variance of a step is learned too: v, the second half of the model's output channels, interpolates in log space
-# between the smallest and the largest sensible value (arXiv:2102.09672). Classifier-free guidance (arXiv:2207.12598)
-# exaggerates what a class changes in the prediction: clearer images, less variety. Schedule and losses have the
-# official code's values. Chapter 6 has two more objectives with the same calls.
+# Step t of 1000 adds noise of variance beta_t; abar_t, the product of 1 - beta up to t, is the share of the image's
+# variance that is left. Training: mix an image x_0 with noise, x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, and
+# have the model predict the noise. Sampling: start from noise and walk t down, each step removing a little of the
+# predicted noise (DDPM, arXiv:2006.11239; DDIM, arXiv:2010.02502, is the same walk without fresh noise, good in fewer
+# steps). The variance of a step is learned too: v, the second half of the model's output channels, interpolates in log
+# space between the smallest and the largest sensible value (arXiv:2102.09672). Classifier-free guidance
+# (arXiv:2207.12598) exaggerates what a class changes in the prediction: clearer images, less variety. Schedule and
+# losses have the official code's values. Chapter 6 has two more objectives with the same calls.
 # ---------------------------------------------------------------------------------------------------------------------
 
 def mean_flat(x):
@@ -367,13 +372,13 @@ def autocast(device, dtype=None):
 
 
 def noise_for(x0, t):
-    """Standard normal noise for images x0 (B, C, H, W) at times t: as many examples as there are times."""
+    """Standard normal noise for images x0 (B, C, H, W) at times t: (len(t), C, H, W). That is B, but for a MAR."""
     return torch.randn(len(t), *x0.shape[1:], device=x0.device)
 
 
 def guided(model, x, t, y, guidance=1.0, cfg_channels=3):
-    """What `model` says of x (B, C, H, W) under guidance, (B, out_channels, H, W): 1 asks it once, for the labels y
-    (B,); anything else also for no class, in one batch (`DiT.forward_with_cfg`)."""
+    """What `model` says of x (B, C, H, W) under guidance, (B, out_channels, H, W): guidance 1 asks it once, for the
+    labels y (B,); any other one also for no class, in one batch (`DiT.forward_with_cfg`)."""
     if guidance == 1:
         return model(x, t, y)
     both = torch.cat([x, x]), t, torch.cat([y, torch.full_like(y, model.num_classes)])
@@ -386,7 +391,7 @@ class GaussianDiffusion:
     `timestep_map[i]` is the timestep that the model is told at step i: i itself, or, after `respaced`, the step of the
     full process it stands for. Source: openai/improved-diffusion and facebookresearch/DiT, diffusion/.
     """
-    feature_weight = 1e-2      # the paper's first weight of the features in masked KD (Chapter 5)
+    feature_weight = 1e-2      # the paper's initial weight of the features in masked KD (Chapter 5)
     options = ("eta",)         # arguments of `sample` that other objectives do not have
 
     def __init__(self, betas=None, timestep_map=None):
@@ -575,7 +580,7 @@ def masked_forward(blocks, x, *args, mask=None, hidden=(), dropped_share=1.0):
             raise ValueError("expected tensors of one row per example in args, and dropped_share above 0 and up to 1")
         keep = mask.detach() > 0.5
         rows = keep.byte().argsort(dim=0, descending=True, stable=True)      # (B, L): a block's kept examples first
-        counts = keep.sum(0).tolist()            # the one synchronisation of a GPU per forward pass
+        counts = keep.sum(0).tolist()            # the one synchronisation of a GPU per call
     for i, block in enumerate(blocks):
         if mask is None:
             x = block(x, *args)
@@ -824,8 +829,9 @@ def prune(model, kept, lists=None):
 # the student imitates the teacher's output and its hidden states. The latter needs care: a few numbers in a diffusion
 # transformer's hidden states are enormous ("massive activations", arXiv:2402.17762), they dominate a squared error,
 # and training on them diverges (the paper's Table 5). So entries more than k standard deviations off, in either model,
-# are left out of the loss. KD (knowledge distillation) is the squared error of the two noise predictions, and a KL
-# divergence for the learned variance; denoising is Chapter 2's training loss; features is the masked error:
+# are left out of the loss. KD (knowledge distillation) is the squared error of the two noise predictions (or
+# velocities), and a KL divergence for a learned variance; denoising is Chapter 2's training loss; features is the
+# masked error:
 #
 #        loss = 0.9 * KD + 0.1 * denoising + beta * features,      beta falling linearly to 0
 # ---------------------------------------------------------------------------------------------------------------------
@@ -854,8 +860,8 @@ def masked_feature_loss(student, teacher, k=2.0):
 def match_blocks(groups, kept, cuts=()):
     """Pairs (student block, teacher block) for feature KD: the last kept block of every group, as numbered in the
     student, with the group's last block. For 1:2 that is (i, 2i + 1). A group that keeps none, as the criteria of
-    Chapter 11 may leave it, has no pair. cuts: numbers of blocks between which no pair may lie, such as the first one
-    of a decoder, whose tokens are others than the encoder's: there a group's last block on the same side counts."""
+    Chapter 11 may leave it, has no pair. cuts: first blocks of parts, such as a decoder, whose tokens are others than
+    those before: a pair never crosses one, and the teacher's block is the group's last before the cut."""
     pairs, start = [], 0
     for _, m in groups:
         inside = [i for i, block in enumerate(kept) if start <= block < start + m]
@@ -925,22 +931,24 @@ def recover(student, teacher, diffusion, batches, pairs, steps, *, kd="masked", 
 # Chapter 6. Other families: SiT and MAR
 #
 # The method asks little of a model: residual blocks, a forward pass that takes a mask of them, and a loss. Chapters 3
-# to 5 serve two more families as they stand; what is new is here.
+# to 5 serve two more families as they stand; what is new is here: for each an objective with the calls of
+# `GaussianDiffusion`, and for MAR a model with those of `DiT`.
 #
 # SiT (arXiv:2401.08740) is DiT's network with another objective, flow matching: x_t lies on the straight line from
-# noise to image, and the model predicts the velocity along it.
+# noise to image, and the model predicts the velocity along it. Its t runs the other way: 0 is noise, 1 the image.
 #
-# MAR (arXiv:2406.11838) is another network too. It draws an image token by token, a few at a time, in random order. An
-# encoder reads the tokens that are known; a decoder says of every unknown one, in a vector z, what it knows about it;
-# and a small MLP, the head, draws the token by diffusion (of 16 numbers, not of an image), under the condition z:
+# MAR (arXiv:2406.11838) is another network too. It draws an image a few tokens at a time, in random order. An encoder
+# reads the tokens that are known; a decoder says in a vector z, for every other token, what is to be expected there;
+# and a small MLP, the head, draws the token under this condition, by a diffusion of its few numbers alone:
 #
-#     known tokens -> encoder blocks -+                       z of token 5
+#     known tokens -> encoder blocks -+                       z of each token whose turn it is
 #                                     +-> decoder blocks -> z      |
-#     mask tokens for the others -----+                       head: noise -> ... -> token 5, for all that are opened now
+#     mask tokens for the others -----+                          head: noise -> ... -> that token
 #
-# In this file that is a diffusion in which every token has a time of its own, -1 for a token that is known. So the
-# objective is Chapter 2's with t (B, T) in the place of t (B,), and nothing else asks which family it has. Blocks of
-# encoder and decoder are numbered through, learned and pruned together; the head stays.
+# In this file it is a diffusion in which every token has a time of its own, and a known one the time -1: Chapter 2's
+# objective with t (R * B, T) in the place of t (B,). (The blocks are dear and the head is cheap, so every batch is
+# noised R times, and runs through the blocks once.) Blocks of encoder and decoder are numbered through, learned and
+# pruned together; the head stays.
 # ---------------------------------------------------------------------------------------------------------------------
 
 class FlowMatching:
@@ -958,8 +966,9 @@ class FlowMatching:
         return ((torch.arange(n) + 0.5) / n).to(device)
 
     def snr_weight(self, t, gamma):
-        """min-SNR weights (B,), as for `GaussianDiffusion`, with SNR = t^2 / (1 - t)^2. The error of the noise is t
-        times that of the velocity; so min(SNR, gamma) / SNR of the noise's loss is this of the velocity's."""
+        """min-SNR weights (B,), as for `GaussianDiffusion`, with SNR = t^2 / (1 - t)^2. The noise is x_t - t velocity,
+        so its loss is t^2 times the velocity's, and the weight of the latter is t^2 min(SNR, gamma) / SNR; where gamma
+        is infinite, 1."""
         return torch.minimum(t ** 2, gamma * (1 - t) ** 2) if gamma < math.inf else torch.ones_like(t)
 
     def q_sample(self, x0, t, noise):
@@ -984,9 +993,10 @@ class FlowMatching:
                dtype=None):
         """Images (B, C, H, W) of the classes y (B,): dx/dt = velocity, from noise at t = 0 to t = 1 in even steps.
         solver: "euler", or "heun", which asks the model twice a step and corrects the step by the velocity at its end.
-        Raises ValueError for another one. The rest as for `GaussianDiffusion.sample`."""
-        if solver not in ("euler", "heun"):
-            raise ValueError(f"solver {solver!r}: expected euler or heun")
+        clip_denoised clips the image in the end. Raises ValueError for another solver, or no steps. The rest as for
+        `GaussianDiffusion.sample`."""
+        if solver not in ("euler", "heun") or steps < 1:
+            raise ValueError(f"solver {solver!r}, {steps} steps: expected euler or heun, and 1 step or more")
 
         def velocity(x, t):
             with autocast(y.device, dtype):
@@ -1010,7 +1020,8 @@ def patchify(x, T):
 
 
 class ClassEmbedding(nn.Embedding):
-    """`LabelEmbedder` in MAR's layout: the vector of "no class", `null` (1, D), is not in the table."""
+    """`LabelEmbedder` in MAR's layout: the vector of "no class", `null` (1, D), is not in the table (but in a parameter
+    of its own, `fake_latent`)."""
 
     def __init__(self, num_classes, hidden_size, dropout_prob):
         super().__init__(num_classes, hidden_size)
@@ -1039,7 +1050,7 @@ class Block(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """A residual block of the head: tokens x (N, 1, W) under the condition c (N, W)."""
+    """A residual block of the head: n tokens x (n, 1, channels), each under its condition c (n, channels)."""
 
     def __init__(self, channels):
         super().__init__()
@@ -1053,8 +1064,8 @@ class ResBlock(nn.Module):
 
 
 class SimpleMLPAdaLN(nn.Module):
-    """MAR's head: a diffusion model of single tokens. x (N, F) noisy tokens, t (N,) or (1,), c (N, D) the decoder's
-    vectors z, to the noise and variance of the tokens (N, 2F)."""
+    """MAR's head: a diffusion model of single tokens. n noisy tokens x (n, F), t (n,) or (1,), and c (n, D), the
+    decoder's vectors z, to the noise and variance of the tokens (n, 2F)."""
 
     def __init__(self, in_channels, model_channels, z_channels, num_res_blocks):
         super().__init__()
@@ -1065,8 +1076,8 @@ class SimpleMLPAdaLN(nn.Module):
         self.final_layer = FinalLayer(model_channels, 1, 2 * in_channels)
 
     def forward(self, x, t, c):
-        c = self.time_embed(t) + self.cond_embed(c)                          # (N, W)
-        x = self.input_proj(x).unsqueeze(1)                                  # (N, 1, W): each token alone
+        c = self.time_embed(t) + self.cond_embed(c)                          # (n, model_channels)
+        x = self.input_proj(x).unsqueeze(1)                                  # each token is a sequence of one
         for block in self.res_blocks:
             x = block(x, c)
         return self.final_layer(x, c).squeeze(1)
@@ -1076,9 +1087,10 @@ class MAR(nn.Module):
     """Masked autoregressive transformer. The defaults are MAR-L on 16x16 latents, of 16 channels, of 256x256 images:
     478,326,304 parameters.
 
-    input_size, patch_size, in_channels: as for DiT; buffer_size: tokens of the class, in front; diffloss_w, diffloss_d:
-    width and blocks of the head; dropout: in attention and MLP, in training. Raises ValueError where sizes do not
-    divide. Source: LTH14/mar, models/mar.py (names, initialisation and numerics; the text is ours)."""
+    input_size, patch_size, in_channels: as for DiT; buffer_size: how many copies of the class's vector stand before the
+    tokens; diffloss_w, diffloss_d: width and blocks of the head; dropout: in attention and MLP, in training. Raises
+    ValueError where sizes do not divide. Source: LTH14/mar, models/mar.py (names, initialisation and numerics; the text
+    is ours)."""
     block_lists, objective = ("encoder_blocks", "decoder_blocks"), "mar"
 
     def __init__(self, input_size=16, patch_size=1, in_channels=16, hidden_size=1024, encoder_depth=16,
@@ -1094,23 +1106,23 @@ class MAR(nn.Module):
         self.num_classes, self.buffer_size, self.dropout = num_classes, buffer_size, dropout
         self.diffloss_w, self.diffloss_d = diffloss_w, diffloss_d
         self.num_tokens = T = (input_size // patch_size) ** 2
-        D, F_ = hidden_size, in_channels * patch_size ** 2
+        D, token_dim = hidden_size, in_channels * patch_size ** 2
 
-        def table(*shape):
+        def learned(*shape):
             return nn.Parameter(0.02 * torch.randn(*shape))
 
         def blocks(depth):
             return nn.ModuleList([Block(D, num_heads, mlp_ratio, dropout) for _ in range(depth)])
 
         self.class_emb = ClassEmbedding(num_classes, D, class_dropout_prob)
-        self.fake_latent, self.mask_token = table(1, D), table(1, 1, D)
-        self.z_proj, self.z_proj_ln = nn.Linear(F_, D), nn.LayerNorm(D, eps=1e-6)
-        self.encoder_pos_embed_learned = table(1, buffer_size + T, D)
+        self.fake_latent, self.mask_token = learned(1, D), learned(1, 1, D)
+        self.z_proj, self.z_proj_ln = nn.Linear(token_dim, D), nn.LayerNorm(D, eps=1e-6)
+        self.encoder_pos_embed_learned = learned(1, buffer_size + T, D)
         self.encoder_blocks, self.encoder_norm = blocks(encoder_depth), nn.LayerNorm(D, eps=1e-6)
-        self.decoder_embed, self.decoder_pos_embed_learned = nn.Linear(D, D), table(1, buffer_size + T, D)
+        self.decoder_embed, self.decoder_pos_embed_learned = nn.Linear(D, D), learned(1, buffer_size + T, D)
         self.decoder_blocks, self.decoder_norm = blocks(decoder_depth), nn.LayerNorm(D, eps=1e-6)
-        self.diffusion_pos_embed_learned = table(1, T, D)
-        self.diffloss = nn.ModuleDict({"net": SimpleMLPAdaLN(F_, diffloss_w, D, diffloss_d)})
+        self.diffusion_pos_embed_learned = learned(1, T, D)
+        self.diffloss = nn.ModuleDict({"net": SimpleMLPAdaLN(token_dim, diffloss_w, D, diffloss_d)})  # official names
         self.initialize_weights()
 
     def initialize_weights(self):
@@ -1138,24 +1150,23 @@ class MAR(nn.Module):
                                                                 "decoder_depth": len(self.decoder_blocks)}
 
     def condition(self, x, known, y, mask=None, hidden=(), dropped_share=1.0):
-        """What the tokens x (B, T, F) that are `known` (B, T), in every example as many, say of the others: the vectors
-        z (B, T, D), and the outputs of the `hidden` blocks. The rest as for `DiT.forward`. Raises ValueError where
-        examples differ in the number of known tokens."""
-        B, E, D = len(x), len(self.encoder_blocks), self.hidden_size
-        counts = known.sum(1)
-        if (counts != counts[0]).any():
+        """Encoder and decoder: tokens x (B, T, F), of which the `known` ones (B, T) are read, as many in every example,
+        and labels y (B,), to z (B, T, D) and the outputs of the `hidden` blocks, (B, buffer + known, D) in the encoder,
+        (B, buffer + T, D) in the decoder. The rest as for `DiT.forward`. Raises ValueError where examples differ in the
+        number of known tokens."""
+        B, E = len(x), len(self.encoder_blocks)
+        if (known.sum(1) != known[0].sum()).any():
             raise ValueError("expected as many known tokens in every example of a batch")
-        first = torch.cat([known.new_ones(B, self.buffer_size), known], 1).byte()            # the buffer is known
-        seen = first.argsort(dim=1, descending=True, stable=True)[:, :self.buffer_size + int(counts[0])]
-        seen = seen.unsqueeze(2).expand(-1, -1, D)                           # (B, buffer + known, D), as gather wants
-        masks = (None, None) if mask is None else mask.split([E, mask.shape[1] - E], dim=1)
+        readable = torch.cat([known.new_ones(B, self.buffer_size), known], 1)
+        masks = (None, None) if mask is None else (mask[:, :E], mask[:, E:])
 
         buffer = self.class_emb(y, self.fake_latent).unsqueeze(1).expand(-1, self.buffer_size, -1)
         x = self.z_proj_ln(torch.cat([buffer, self.z_proj(x)], 1) + self.encoder_pos_embed_learned)
-        x, features = masked_forward(self.encoder_blocks, x.gather(1, seen), mask=masks[0], hidden=hidden,
-                                     dropped_share=dropped_share)
-        x = self.decoder_embed(self.encoder_norm(x))                         # (B, buffer + known, D)
-        full = self.mask_token.to(x.dtype).expand(B, first.shape[1], -1).scatter(1, seen, x)
+        x = x[readable].view(B, -1, self.hidden_size)                        # (B, buffer + known, D)
+        x, features = masked_forward(self.encoder_blocks, x, mask=masks[0], hidden=hidden, dropped_share=dropped_share)
+        x = self.decoder_embed(self.encoder_norm(x))
+        full = self.mask_token.to(x.dtype).repeat(B, readable.shape[1], 1)   # (B, buffer + T, D)
+        full[readable] = x.flatten(0, 1)
         x, more = masked_forward(self.decoder_blocks, full + self.decoder_pos_embed_learned, mask=masks[1],
                                  hidden=[i - E for i in hidden], dropped_share=dropped_share)
         return self.decoder_norm(x)[:, self.buffer_size:] + self.diffusion_pos_embed_learned, features + more
@@ -1163,9 +1174,9 @@ class MAR(nn.Module):
     def forward(self, x, t, y, mask=None, hidden=None, dropped_share=1.0):
         """Predict the noise and the variance in the noisy ones of the tokens x (R * B, T, F).
 
-        t (R * B, T): their timesteps, -1 for the known ones; y (B,) labels; R > 1: the same known tokens R times, one
-        copy of the batch after the other, with other noise, for which the blocks run only once. mask, hidden and
-        dropped_share as for DiT. Returns (N, 2F), a row for every noisy token."""
+        t (R * B, T): their timesteps, -1 for the known ones; y (B,) labels. The R copies of the batch, one after the
+        other, have the same known tokens, and other timesteps and noise; the blocks run once. mask (B, L), hidden and
+        dropped_share as for DiT. Returns (n, 2F), a row for every noisy token."""
         z, features = self.condition(x[:len(y)], t[:len(y)] < 0, y, mask, hidden or (), dropped_share)
         noisy = t >= 0
         out = self.diffloss["net"](x[noisy], t[noisy], z.repeat(len(x) // len(y), 1, 1)[noisy])
@@ -1174,7 +1185,8 @@ class MAR(nn.Module):
 
 class MaskedAutoregression(GaussianDiffusion):
     """MAR's objective: a share of an image's tokens is known, and a diffusion with a cosine schedule draws the others,
-    each by itself. The calls of `GaussianDiffusion`, with times t (R * B, T) of single tokens, -1 for known ones.
+    each by itself. The calls are those of `GaussianDiffusion`, with times t (R * B, T) of single tokens, -1 for known
+    ones.
 
     num_tokens: T; mask_ratio_min: the least share of tokens that are not known, in training; repeats: R, how often a
     batch is noised for one pass through the blocks. Source: arXiv:2406.11838 and LTH14/mar."""
@@ -1185,44 +1197,48 @@ class MaskedAutoregression(GaussianDiffusion):
         super().__init__(np.minimum(1 - abar[1:] / abar[:-1], 0.999))
         self.num_tokens, self.mask_ratio_min, self.repeats = num_tokens, mask_ratio_min, repeats
 
-    def _times(self, order, t, ratio):
-        """t (R * B, T), with -1 for all but the first `ratio` of the tokens in the `order` (B, T)."""
-        known = order.argsort(1) >= math.ceil(self.num_tokens * ratio)       # the place of every token in the order
+    def _times(self, order, t, noisy_share):
+        """t (R * B, T), with -1 for all but the first `noisy_share` of the tokens in the `order` (B, T)."""
+        n = math.ceil(self.num_tokens * noisy_share)
+        known = torch.ones_like(order, dtype=torch.bool).scatter(1, order[:, :n], False)
         return t.masked_fill(known.repeat(len(t) // len(known), 1), -1)
 
     def sample_t(self, batch_size, device=None):
-        """Training times (R * B, T), of a random share of random tokens; the share is the same in all examples, so
-        that the known tokens fill a rectangle."""
-        ratio = nn.init.trunc_normal_(torch.empty(()), 1.0, 0.25, self.mask_ratio_min, 1.0).item()
+        """Training times (R * B, T) of random tokens, the others being known. Their share is drawn from a normal
+        distribution of mean 1, cut to [mask_ratio_min, 1]; it is the same in all examples, whose known tokens then make
+        one tensor (B, known, D)."""
+        share = nn.init.trunc_normal_(torch.empty(()), 1.0, 0.25, self.mask_ratio_min, 1.0).item()
         order = torch.rand(batch_size, self.num_tokens, device=device).argsort(1)
         t = torch.randint(self.num_timesteps, (self.repeats * batch_size, self.num_tokens), device=device)
-        return self._times(order, t, ratio)
+        return self._times(order, t, share)
 
     def spread_t(self, n, device=None):
-        """Times (n, T), always the same ones; the share of noisy tokens is in the middle of training's."""
+        """Times (n, T), random but always the same; the share of noisy tokens is in the middle of training's range."""
         generator = torch.Generator().manual_seed(0)
         order = torch.rand(n, self.num_tokens, generator=generator).argsort(1)
         t = torch.randint(self.num_timesteps, (n, self.num_tokens), generator=generator)
         return self._times(order, t, (1 + self.mask_ratio_min) / 2).to(device)
 
     def _tokens(self, x, t):
-        """Those tokens (N, F) of images x (B, C, H, W) that are noisy at t (R * B, T)."""
-        return patchify(x, t.shape[1]).repeat(len(t) // len(x), 1, 1)[t >= 0]
+        """The tokens (R * B, T, F) of images x (B, C, H, W) or (R * B, C, H, W)."""
+        return patchify(x, t.shape[1]).repeat(len(t) // len(x), 1, 1)
 
     def q_sample(self, x0, t, noise):
-        """The tokens (R * B, T, F) of x0 (B, C, H, W), the noisy ones with their noise, from noise (R * B, C, H, W)."""
-        x = patchify(x0, t.shape[1]).repeat(len(t) // len(x0), 1, 1)
-        x[t >= 0] = super().q_sample(x[t >= 0], t[t >= 0], self._tokens(noise, t))
+        """The tokens x_t (R * B, T, F) of x0 (B, C, H, W): noised where t is not -1, else as they are. noise (R * B, C,
+        H, W)."""
+        x, noisy = self._tokens(x0, t), t >= 0
+        x[noisy] = super().q_sample(x[noisy], t[noisy], self._tokens(noise, t)[noisy])
         return x
 
     def losses(self, model_output, x0, x_t, t, noise, snr_gamma=math.inf):
-        """As for `GaussianDiffusion`, the means over an image's noisy tokens."""
-        terms = super().losses(model_output, self._tokens(x0, t), x_t[t >= 0], t[t >= 0], self._tokens(noise, t),
-                               snr_gamma)
+        """As for `GaussianDiffusion`, each (B,): the means over the noisy tokens of an image and of its R copies."""
+        noisy = t >= 0
+        terms = super().losses(model_output, self._tokens(x0, t)[noisy], x_t[noisy], t[noisy],
+                               self._tokens(noise, t)[noisy], snr_gamma)
         return {name: term.view(-1, len(x0), len(term) // len(t)).mean((0, 2)) for name, term in terms.items()}
 
     def distillation_losses(self, student_output, teacher_output, x_t, t):
-        """As for `GaussianDiffusion`; (R * B,), the means over an image's noisy tokens."""
+        """As for `GaussianDiffusion`, but (R * B,): the means over the noisy tokens of every copy."""
         distances = super().distillation_losses(student_output, teacher_output, x_t[t >= 0], t[t >= 0])
         return distances.view(len(t), -1).mean(1)
 
@@ -1238,26 +1254,27 @@ class MaskedAutoregression(GaussianDiffusion):
         T, P, size, left = self.num_tokens, model.patch_size, model.input_size, self.num_tokens
         if not 1 <= steps <= T:
             raise ValueError(f"{steps} sampling steps: expected 1 to {T}, since each one opens a token of {T}")
+        token_dim, copies = model.in_channels * P * P, 1 if guidance == 1 else 2
         order, known = draw(T).argsort(1), torch.zeros(len(y), T, dtype=torch.bool, device=y.device)
-        x = torch.zeros(len(y), T, model.in_channels * P * P, device=y.device)
-        labels = y if guidance == 1 else torch.cat([y, torch.full_like(y, model.num_classes)])
+        x = torch.zeros(len(y), T, token_dim, device=y.device)
+        labels = torch.cat([y, torch.full_like(y, model.num_classes)])[:copies * len(y)]
         for i in range(steps):
-            after = max(1, min(left - 1, math.floor(T * math.cos(math.pi / 2 * (i + 1) / steps))))
-            scale = 1 + (guidance - 1) * (T - after) / T     # the last step too counts one as left, as in the official
-            opened, left = order[:, T - left:T - (after if i + 1 < steps else 0)], after
-            copies = len(labels) // len(y)
+            after = max(0, min(left - 1, math.floor(T * math.cos(math.pi / 2 * (i + 1) / steps))))
+            scale = 1 + (guidance - 1) * (T - max(1, after)) / T             # in the last step too, as officially
+            opened, left = order[:, T - left:T - after], after               # (B, n), n tokens of each image
             with autocast(y.device, dtype):
                 z, _ = model.condition(x.repeat(copies, 1, 1), known.repeat(copies, 1), labels)
             z = z.gather(1, opened.repeat(copies, 1).unsqueeze(2).expand(-1, -1, z.shape[2])).flatten(0, 1)
 
-            def predict(noisy, t):
-                parts, F_ = model.diffloss["net"](noisy.repeat(copies, 1), t, z).chunk(copies), noisy.shape[1]
-                cond, uncond = parts[0], parts[-1]           # the same where guidance is 1
-                return torch.cat([torch.lerp(uncond[:, :F_], cond[:, :F_], scale), cond[:, F_:]], 1)
+            def predict(noisy, t):               # (B * n, F) to (B * n, 2F)
+                out = model.diffloss["net"](noisy.repeat(copies, 1), t, z).float().chunk(copies)
+                cond, uncond = out[0], out[-1]               # the same where guidance is 1
+                eps = torch.lerp(uncond[:, :token_dim], cond[:, :token_dim], scale)
+                return torch.cat([eps, cond[:, token_dim:]], 1)
 
-            tokens = self.denoise(predict, lambda: draw(opened.shape[1], x.shape[2]).flatten(0, 1), head_steps,
+            tokens = self.denoise(predict, lambda: draw(opened.shape[1], token_dim).flatten(0, 1), head_steps,
                                   clip_denoised=clip_denoised, temperature=temperature, dtype=dtype)
-            x.scatter_(1, opened.unsqueeze(2).expand(-1, -1, x.shape[2]), tokens.view(len(y), -1, x.shape[2]))
+            x.scatter_(1, opened.unsqueeze(2).expand(-1, -1, token_dim), tokens.view(len(y), -1, token_dim))
             known.scatter_(1, opened, True)
         return F.fold(x.transpose(1, 2), (size, size), P, stride=P)          # (B, C, H, W)
 
