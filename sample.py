@@ -105,7 +105,7 @@ def run(args):
     N = args.num_images or 10 * len(chosen)
     labels = torch.tensor([chosen[i % len(chosen)] for i in range(N)], device=device)
     objective = "mar" if model.objective == "mar" else checkpoint.get("objective", args.objective or "ddpm")
-    if args.objective not in (None, objective) or objective not in OBJECTIVES:
+    if args.objective not in (None, objective):
         raise UserError(f"checkpoint {args.ckpt} was trained with objective {objective}: leave --objective out")
     options = [name for kind in OBJECTIVES.values() for name in kind.options]
     asked = {key: value for key in ("steps", "guidance", *options) if (value := getattr(args, key)) is not None}

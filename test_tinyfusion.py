@@ -935,6 +935,17 @@ class Masked(unittest.TestCase):
         def silu(h):
             return h / (1 + torch.exp(-h))
 
+        time_embed = model.diffloss["net"].time_embed
+
+        @torch.no_grad()
+        def embedded(t):  # by float32 frequencies, in the official code too
+            angles = t[:, None] * torch.tensor([10000 ** (-k / 128) for k in range(128)]).double()
+            wave, name = torch.cat([angles.cos(), angles.sin()], 1), "diffloss.net.time_embed.mlp."
+            exact = linear(silu(linear(wave, name + "0")), name + "2")
+            found = tf.TimestepEmbedder.forward(copy.deepcopy(time_embed).float(), t)
+            torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=1e-3)
+            return exact
+
         def block(h, name):  # h (T, D)
             q, k, v = linear(norm(h, f"{name}.norm1"), f"{name}.attn.qkv").view(len(h), 3, 2, D // 2).unbind(1)
             p = (torch.einsum("thd,shd->hts", q, k) / math.sqrt(D // 2)).softmax(-1)
@@ -971,11 +982,7 @@ class Masked(unittest.TestCase):
                 if i in known[b]:
                     self.assertTrue(torch.equal(x_t[b, i], tokens[i]))
                     continue
-                angles = t[b, i] * torch.tensor([10000 ** (-k / 128) for k in range(128)]).double()
-                c = linear(
-                    silu(linear(torch.cat([angles.cos(), angles.sin()]), "diffloss.net.time_embed.mlp.0")),
-                    "diffloss.net.time_embed.mlp.2",
-                ) + linear(z[i], "diffloss.net.cond_embed")
+                c = embedded(t[b, i : i + 1])[0] + linear(z[i], "diffloss.net.cond_embed")
                 u = linear(x_t[b, i], "diffloss.net.input_proj")
                 for k in range(2):
                     name = f"diffloss.net.res_blocks.{k}"
@@ -984,9 +991,8 @@ class Masked(unittest.TestCase):
                     u = u + gate * linear(silu(linear(v, f"{name}.mlp.0")), f"{name}.mlp.2")
                 shift, scale = linear(silu(c), "diffloss.net.final_layer.adaLN_modulation.1").chunk(2)
                 expected.append(linear(norm(u) * (1 + scale) + shift, "diffloss.net.final_layer.linear"))
-        time_embed = model.diffloss["net"].time_embed.float()  # the frequencies are float32 in the official code too
-        with mock.patch.object(time_embed, "forward", lambda t, f=time_embed.forward: f(t).double()), torch.no_grad():
-            torch.testing.assert_close(model(x_t, t, self.y), torch.stack(expected), rtol=1e-4, atol=1e-4)
+        with mock.patch.object(time_embed, "forward", lambda t: embedded(t)), torch.no_grad():
+            torch.testing.assert_close(model(x_t, t, self.y), torch.stack(expected), rtol=1e-9, atol=1e-9)
 
     def test_the_loss_is_that_of_each_noisy_token_by_itself_repeated_with_other_noise(self):
         model, t = tiny_mar(), self.diffusion.sample_t(3)
@@ -1002,51 +1008,67 @@ class Masked(unittest.TestCase):
             1 - alphas / np.append(1, alphas[:-1])
         )
         with torch.no_grad():
-            out, found, row = model(x_t, t, self.y), [[] for _ in range(3)], 0
+            out, found, noisy, row = model(x_t, t, self.y), [[] for _ in range(3)], [], 0
             for b in range(6):
                 for i in (t[b] >= 0).nonzero().flatten():
                     share = alphas[t[b, i]]
                     one = math.sqrt(share) * tokens[b, i] + math.sqrt(1 - share) * noises[b, i]
                     torch.testing.assert_close(x_t[b, i], one, rtol=1e-4, atol=1e-5)
+                    noisy.append(one[None])
                     terms = plain.losses(
                         out[row : row + 1], tokens[b, i][None], one[None], t[b, i][None], noises[b, i][None]
                     )
                     found[b % 3].append(terms["loss"].item())
                     row += 1
             loss = self.diffusion.training_losses(model, self.x0, t, self.y, noise)["loss"]
-            other = self.diffusion.distillation_losses(out + torch.tensor([0.5] * 4 + [0] * 4), out, x_t, t)
-        self.assertEqual(row, len(out))
+            other = out + 0.5 * torch.randn(out.shape)
+            distances = plain.distillation_losses(other, out, torch.cat(noisy), t[t >= 0])
+            rows = torch.tensor([b for b in range(6) for _ in range(int((t[b] >= 0).sum()))])
+            expected = torch.stack([distances[rows == b].mean() for b in range(6)])
+            torch.testing.assert_close(self.diffusion.distillation_losses(other, out, x_t, t), expected)
+            twice = torch.cat([model(x_t[part], t[part], self.y) for part in (slice(3), slice(3, 6))])
+            torch.testing.assert_close(out, twice)  # the copies of a batch do not see one another
+        self.assertEqual((row, tf.MaskedAutoregression().sample_t(2).shape), (len(out), (8, 256)))
         torch.testing.assert_close(loss, torch.tensor([np.mean(f) for f in found]).float(), rtol=1e-3, atol=1e-5)
-        self.assertTrue(other.shape == (6,) and (other >= 0.25).all())
 
     def test_the_known_tokens_are_as_many_in_every_example_and_0_to_30_percent(self):
-        counts = []
+        counts, places, different = [], torch.zeros(100), 0
         for _ in range(300):
-            known = (tf.MaskedAutoregression(100).sample_t(4) < 0).sum(1)
+            t = tf.MaskedAutoregression(100).sample_t(4)
+            known = (t < 0).sum(1)
             self.assertEqual(len(set(known.tolist())), 1)
             counts.append(known[0].item())
+            places += (t[:4] < 0).sum(0)
+            different += not torch.equal(t[0] < 0, t[1] < 0)
         # of a normal with mean 1 and std 0.25, cut to [0.7, 1], the mean is 1 - 0.25 (0.3989 - 0.1942) / 0.3849 = 0.867
         self.assertTrue(0 <= min(counts) <= 2 and 28 <= max(counts) <= 30 and abs(np.mean(counts) - 12.8) < 1.5, counts)
+        self.assertTrue(different > 280 and (places - places.mean()).abs().max() < 5 * places.mean().sqrt())
         spread = tf.MaskedAutoregression(100).spread_t(50)
         self.assertTrue(((spread < 0).sum(1) == 15).all() and spread.max() > 950)
         with self.assertRaisesRegex(ValueError, "as many known tokens"):
             tiny_mar().condition(torch.zeros(2, 16, 4), torch.eye(16)[:2].cumsum(1).bool(), self.y[:2])
 
     def test_sampling_opens_tokens_by_the_cosine_and_guidance_grows_with_them(self):
-        known_counts, orders = [], []
+        known_counts = []
 
         class Model:  # its head says 1 where there is a class, and 0 where there is none
             patch_size, input_size, in_channels, num_classes = 1, 8, 1, 3
 
             def condition(self, x, known, y):
                 known_counts.append(known.sum(1).tolist())
-                orders.append(known[0])
+                if not (x[known] >= 1).all() or x[~known].any():  # what was drawn is where it is known
+                    raise AssertionError("the encoder must see what was drawn")
                 return (y < 3).float().view(-1, 1, 1).expand(-1, 64, 1), []
 
-            diffloss = {"net": lambda x, t, z: torch.cat([z, 0 * z], 1)}
+            diffloss = {"net": lambda x, t, z: torch.cat([z, z], 1)}
+
+        def denoise(predict, draw, *args, **more):
+            eps, v = predict(draw(), torch.tensor([0])).chunk(2, 1)
+            self.assertTrue((v == 1).all())  # the variance is that of the class
+            return eps
 
         diffusion = tf.MaskedAutoregression(64)
-        diffusion.denoise = lambda predict, draw, *args, **more: predict(draw(), torch.tensor([0]))[:, :1]
+        diffusion.denoise = denoise
         draw = tf.noise_source(range(2), (1, 8, 8), 0)
         image = diffusion.sample(Model(), torch.tensor([0, 1]), draw, steps=8, guidance=3.0)
         left = [math.floor(64 * math.cos(math.pi / 2 * (i + 1) / 8)) for i in range(8)]
@@ -1074,17 +1096,21 @@ class Masked(unittest.TestCase):
             def condition(self, x, known, y):
                 return y.float().view(-1, 1, 1), []
 
-            def head(x, t, z):  # E[noise | x_t], and no learned variance
+            def head(x, t, z):  # E[noise | x_t], and the smaller variance
                 a = abar[t].view(-1, 1)
-                return (1 - a).sqrt() * (x - a.sqrt() * z) / (a * 0.25 + 1 - a)
+                eps = (1 - a).sqrt() * (x - a.sqrt() * z) / (a * 0.25 + 1 - a)
+                return torch.cat([eps, -torch.ones_like(eps)], 1)
 
             diffloss = {"net": head}
 
         y, draw = torch.arange(2).repeat_interleave(2000), tf.noise_source(range(4000), (1, 1, 1), 0)
-        for temperature, low, high in ((1.0, 0.45, 0.55), (0.5, 0.0, 0.4)):
-            x = diffusion.sample(Model(), y, draw, 1, head_steps=250, temperature=temperature).flatten()
-            self.assertLess((x.view(2, -1).mean(1) - torch.tensor([0.0, 1.0])).abs().max(), 0.05)
-            self.assertTrue((low < x.view(2, -1).std(1)).all() and (x.view(2, -1).std(1) < high).all())
+        found = {}
+        for temperature in (0.0, 0.5, 1.0):
+            x = diffusion.sample(Model(), y, draw, 1, head_steps=250, temperature=temperature).view(2, -1)
+            self.assertLess((x.mean(1) - torch.tensor([0.0, 1.0])).abs().max(), 0.05)
+            found[temperature] = x.std(1).mean().item()
+        self.assertAlmostEqual(found[1.0], 0.5, delta=0.03)
+        self.assertTrue(found[0.0] < 0.1 and abs(found[0.5] - 0.25) < 0.05, found)  # the drawn std scales along
 
     def test_an_image_is_the_same_whatever_the_batch_it_is_drawn_in(self):
         model, draw = tiny_mar(), functools.partial(
@@ -1145,8 +1171,24 @@ class Masked(unittest.TestCase):
         self.assertTrue((model.class_emb.eval()(labels, null) == model.class_emb.weight[0]).all())
         self.assertTrue(torch.equal(model.class_emb(torch.tensor([3]), null), null))  # number 3 of 3 is no class
         x, block = torch.randn(2, 5, 16), model.encoder_blocks[0]
-        self.assertTrue(torch.equal(block(x), block(x)))
-        self.assertFalse(torch.equal(block.train()(x), block(x)))
+        for mode, p in (("eval", 0.0), ("train", 0.1)):  # of attention, and after it and both layers of the MLP
+            getattr(block, mode)()
+            attention = F.scaled_dot_product_attention
+            with (
+                mock.patch.object(tf.F, "dropout", side_effect=lambda h, p: h) as dropout,
+                mock.patch.object(tf.F, "scaled_dot_product_attention", wraps=attention) as attend,
+            ):
+                block(x)
+            self.assertEqual([call.args[1] for call in dropout.call_args_list], [p] * 3)
+            self.assertEqual(attend.call_args.kwargs["dropout_p"], p)
+
+    def test_a_new_model_draws_from_noise_it_predicts_as_zero(self):
+        model, t = tf.MAR_models["MAR-toy"](in_channels=1, num_classes=10), self.diffusion.sample_t(3)
+        x0 = torch.randn(3, 1, 16, 16)
+        out = model(self.diffusion.q_sample(x0, t, tf.noise_for(x0, t)), t, self.y)
+        self.assertTrue(len(out) and not out.any())
+        for weight in (model.class_emb.weight, model.encoder_pos_embed_learned, model.decoder_pos_embed_learned):
+            self.assertAlmostEqual(weight.std().item(), 0.02, delta=0.003)
 
 
 class Measuring(unittest.TestCase):
@@ -2397,6 +2439,27 @@ class CommandLine(unittest.TestCase):
         ):
             status, words = status_and_words(main, arguments)
             self.assertEqual((status, words.count("\n"), reason in words), (2, 1, True), words)
+
+    def test_a_mar_of_few_tokens_takes_fewer_steps_and_a_foreign_objective_is_refused(self):
+        flags = [
+            *self.TINY[:8],
+            *self.TINY[10:],
+            "--model",
+            "MAR-toy",
+            "--head-steps",
+            "2",
+            "--out",
+            str(self.folder / "small"),
+        ]
+        with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(io.StringIO()):
+            self.assertEqual(tf.main([*flags, "--image-size", "4"]), 0)
+        self.assertIn("sample-steps 1,", said.getvalue())
+        content = torch.load(self.folder / "small" / "student.pt", weights_only=True)
+        for objective in ("ddpm", "foo", [3]):
+            torch.save(content | {"objective": objective}, self.folder / "foreign.pt")
+            for main in (tf.main, sample.main):
+                status, words = status_and_words(main, ["--ckpt", str(self.folder / "foreign.pt")])
+                self.assertEqual((status, words.count("\n"), "mar for a MAR alone" in words), (2, 1, True), words)
 
     def test_two_processes_run_the_whole_story_and_draw_the_images_of_one(self):
         run, killed = self.folder / "two", self.folder / "killed"

@@ -1250,7 +1250,7 @@ class MaskedAutoregression(GaussianDiffusion):
 
         draw(*shape) as for GaussianDiffusion, but of any shape (B, *shape). guidance acts on all of a token, and grows
         linearly with the share of opened tokens; head_steps: steps of the head's diffusion; temperature: a factor of
-        its noise. Raises ValueError for more steps than tokens, or none."""
+        its noise; dtype: of the blocks. Raises ValueError for more steps than tokens, or none."""
         T, P, size, left = self.num_tokens, model.patch_size, model.input_size, self.num_tokens
         if not 1 <= steps <= T:
             raise ValueError(f"{steps} sampling steps: expected 1 to {T}, since each one opens a token of {T}")
@@ -1272,8 +1272,9 @@ class MaskedAutoregression(GaussianDiffusion):
                 eps = torch.lerp(uncond[:, :token_dim], cond[:, :token_dim], scale)
                 return torch.cat([eps, cond[:, token_dim:]], 1)
 
+            # In float32: the first steps multiply an error of the noise by hundreds. Against the blocks it is cheap.
             tokens = self.denoise(predict, lambda: draw(opened.shape[1], token_dim).flatten(0, 1), head_steps,
-                                  clip_denoised=clip_denoised, temperature=temperature, dtype=dtype)
+                                  clip_denoised=clip_denoised, temperature=temperature, dtype=torch.float32)
             x.scatter_(1, opened.unsqueeze(2).expand(-1, -1, token_dim), tokens.view(len(y), -1, token_dim))
             known.scatter_(1, opened, True)
         return F.fold(x.transpose(1, 2), (size, size), P, stride=P)          # (B, C, H, W)
@@ -1589,7 +1590,7 @@ def measure(models, labels, shape, look, real, diffusion, sampling, decode, *, s
     draw = functools.partial(sample_images, diffusion=diffusion, shape=shape, seed=seed, decode=decode)
     some = labels[rank():batch_size:world_size()].to(device)
     for model in models.values():                # warm up before the clock runs
-        draw(model, labels=some, indices=range(batch_size), sampling=sampling | {"steps": 2})
+        draw(model, labels=some, indices=range(batch_size), sampling=sampling | {"steps": min(2, sampling["steps"])})
     turns = list(itertools.product(torch.arange(len(labels)).split(batch_size), models))
     first = state.step if state else 0
     stats = {name: FeatureStatistics(state.content["stats"][name] if first else None) for name in models}
@@ -1989,10 +1990,10 @@ class Objective(nn.Module):
 
 
 def tune_blocks(model, compile=False, checkpointing=False):
-    """Make the blocks of a model run otherwise, in place, with the same results up to rounding. compile: by
-    torch.compile, a slow start and faster steps. checkpointing: keep for the backward pass only what goes into a block,
-    and run it again there, which takes a third more time and far less memory (arXiv:1604.06174)."""
-    for block in getattr(model, "blocks", ()):
+    """Make the blocks of a model, and of a MAR's head, run otherwise, in place, with the same results up to rounding.
+    compile: by torch.compile, a slow start and faster steps. checkpointing: keep for the backward pass only what goes
+    into a block, and run it again there, which takes a third more time and far less memory (arXiv:1604.06174)."""
+    for block in [*getattr(model, "blocks", ()), *(part for part in model.modules() if isinstance(part, ResBlock))]:
         if checkpointing:
             block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
         if compile:
@@ -2332,6 +2333,10 @@ def load_checkpoint(path, device="cpu"):
                 "classes": [str(i) for i in range(model.num_classes)]}
     if model.objective == "mar":                 # the repository's settings for MAR-L
         official["sampling"] = {"steps": 256, "guidance": 3.0, "head_steps": 100, "temperature": 1.0}
+    told = checkpoint.get("objective", model.objective)
+    if told not in tuple(OBJECTIVES) or (told == "mar") != (model.objective == "mar"):
+        raise UserError(f"checkpoint {path}: objective {told!r} of a {type(model).__name__}; expected one of "
+                        f"{', '.join(OBJECTIVES)}, mar for a MAR alone")
     return model.to(device).eval(), official | checkpoint | {"config": model.config()}
 
 
@@ -2499,7 +2504,7 @@ def print_table(header, rows):
 def fixed_examples(diffusion, data, n=512, seed=0, device="cpu", batch_size=128):
     """Batches (x0, y, t, noise), x0 and noise (B, C, H, W), y and t (B,), of n examples in all (fewer where there are
     fewer images), the same at every call, on which models can be compared without training them. The timesteps are
-    spread evenly. data: an ImageSet or a LatentSet."""
+    those of the objective's `spread_t`. data: an ImageSet or a LatentSet."""
     x0, y = next(data_batches(data, n, seed, device))
     t = diffusion.spread_t(len(y), device)
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(device)
@@ -2907,7 +2912,7 @@ FLAGS = [
     ("--seed N", number(int, 0, 2 ** 31), 0, "teacher", "seed of everything random"),
     ("--ema X", number(float, 0, 0.999999), (0.99, 0.9999), "teacher", "decay of the average of the weights"),
     ("--teacher-steps N", COUNT, (1200, 400_000), "teacher", "training steps (batches, not epochs) of a new teacher"),
-    ("--teacher-lr X", RATE, (1e-2, 1e-4), "teacher", "the teacher's learning rate (MAR-toy: 0.002)"),
+    ("--teacher-lr X", RATE, (1e-2, 1e-4), "teacher", "the teacher's learning rate; MAR-toy 0.002"),
     ("--criterion NAME", ("learned", *CRITERIA), "learned", "learn",
      f"how the blocks to keep are chosen: learned, {', '.join(CRITERIA)}"),
     ("--kept LIST", block_list, None, "learn", "keep these blocks, as in 0,2,5, instead of choosing any"),
@@ -2928,8 +2933,9 @@ FLAGS = [
     ("--measure LIST", word_list(*MODELS), ",".join(MODELS), "measure", "models for stage measure"),
     ("--samples N", number(int, 10), (500, 50_000, 500), "measure", "images drawn from each model to measure it"),
     ("--sample-steps N", number(int, 2, 1000), (50, 250, 25), "measure",
-     "sampling steps per image (MAR-toy: 8; of any MAR no more than it has tokens)"),
-    ("--guidance X", number(float, 0), 1.5, "measure", "classifier-free guidance scale; 1 is without"),
+     "sampling steps per image; MAR-toy 8, MAR-L and MAR-B 256, or as many as there are tokens, if that is less"),
+    ("--guidance X", number(float, 0), (1.5, 1.5), "measure",
+     "classifier-free guidance scale, 1 is without; MAR-L and MAR-B 3"),
     ("--eta X", number(float, 0, 1), 1.0, "measure", "objective ddpm: 1 samples by DDPM, 0 by DDIM"),
     ("--solver NAME", ("euler", "heun"), "heun", "measure", "objective flow: euler, or heun, two model calls a step"),
     ("--head-steps N", number(int, 2, 1000), (10, 100), "measure", "MAR: steps of the head's diffusion"),
@@ -2954,7 +2960,8 @@ FLAGS = [
     ("--out DIR", nonempty, None, None, "folder of the results: runs/toy, or runs/NAME for --data NAME"),
     ("--device NAME", nonempty, None, "measure", "cpu, cuda, cuda:1 ...; without it, the first GPU if there is one"),
 ]
-MAR_TOY = {"teacher_lr": 2e-3, "sample_steps": 8}            # defaults of MAR-toy that are not toy's
+MAR_DEFAULTS = {"MAR-toy": {"teacher_lr": 2e-3, "sample_steps": 8}} | dict.fromkeys(
+    ("MAR-L", "MAR-B"), {"sample_steps": 256, "guidance": 3.0})  # where they are not those of FLAGS
 
 
 def parse_args(argv=None):
@@ -2989,13 +2996,11 @@ def parse_args(argv=None):
         parser.error(f"--objective {args.objective}: {args.ckpt or args.model} has the objective {told}; leave it out")
     args.objective = args.objective or told or model.objective
     args.image_size = args.image_size or (256 if args.encode else 16)
-    toy = "toy" in args.model
+    toy, args.fewer_steps = "toy" in args.model, isinstance(args.sample_steps, tuple)    # if a MAR has fewer tokens
     for name, value in vars(args).items():
         if isinstance(value, tuple):
             value = value[2 if args.compare and len(value) > 2 else not toy]
-            value = MAR_TOY.get(name, value) if args.model == "MAR-toy" else value
-            most = (args.image_size // patch) ** 2 if (name, args.objective) == ("sample_steps", "mar") else math.inf
-            setattr(args, name, min(value, most))
+            setattr(args, name, MAR_DEFAULTS.get(args.model, {}).get(name, value))
     args.learn_batch_size = args.learn_batch_size or max(1, args.batch_size // (1 if toy else 2))
     if args.image_size % patch:
         parser.error(f"argument --image-size: {args.image_size} is no multiple of the patch, {patch}")
@@ -3085,7 +3090,9 @@ class Run:
         args.data = f"{Path(args.data).resolve() if args.data else 'drawn digits'}, {data.describe()}"
         self.groups, self.diffusion = parse_groups(args.groups, len(model.blocks)), objective_of(args.objective, model)
         if args.objective == "mar" and args.sample_steps > model.num_tokens:
-            raise UserError(f"--sample-steps {args.sample_steps}: each opens a token, and there are {model.num_tokens}")
+            if not args.fewer_steps:
+                raise UserError(f"--sample-steps {args.sample_steps}: each opens a token, of {model.num_tokens} in all")
+            args.sample_steps = model.num_tokens
         self.sampling = {"steps": args.sample_steps, "guidance": args.guidance, "clip_denoised": not data.latent} | {
             name: getattr(args, name) for name in self.diffusion.options}
 
@@ -3100,8 +3107,9 @@ class Run:
     def settings(self, stage):
         """The settings a stage's result depends on: its own and those of all stages before it."""
         before = list(RESULTS)[:list(RESULTS).index(stage) + 1]
-        names = [flag.split()[0] for flag, _, _, first, _ in FLAGS if first in before]
-        return {name: str(getattr(self.args, name[2:].replace("-", "_"))) for name in names}
+        names = [flag.split()[0][2:].replace("-", "_") for flag, _, _, first, _ in FLAGS if first in before]
+        others = {name for kind in OBJECTIVES.values() for name in kind.options} - set(self.diffusion.options)
+        return {f"--{name.replace('_', '-')}": str(getattr(self.args, name)) for name in names if name not in others}
 
     def finished(self, stage):
         """Whether the stage's result is there. Raises UserError, with the difference, where settings differ."""
