@@ -28,7 +28,7 @@ The method.  With weights Phi, search for the mask m together with the fine-tuni
 How to run.
     python tinyfusion.py                      the whole story on drawn digits, some minutes on a laptop, into runs/toy/
     python tinyfusion.py --data FOLDER        the same on your images, one sub-folder per class
-    python tinyfusion.py --model MAR-toy      the same with a MAR; --objective flow: with a SiT
+    python tinyfusion.py --model MAR-toy      the same with a MAR; with --objective flow --out runs/sit: with a SiT
     python tinyfusion.py --compare criteria   learning against older rules, all 64 masks recovered (--quick: some)
     torchrun --nproc_per_node=8 tinyfusion.py --ckpt DiT-XL-2-256x256.pt --data LATENTS    the paper's (see the README)
     python tinyfusion.py --help               every flag
@@ -807,9 +807,9 @@ def prune(model, kept, lists=None):
     """A shallower copy of `model`: only the blocks numbered in `kept`, everything else the same, weights untouched.
 
     lists: the names of the ModuleLists that hold the blocks, numbered through them, such as "encoder.layers"; without
-    it, model.block_lists. Raises ValueError unless `kept` is ascending, within the depth. Source: the paper; dPhi is
+    it model.block_lists, or "blocks". Raises ValueError unless `kept` is ascending, within the depth. Source: the paper; dPhi is
     not in the result."""
-    lists = lists or model.block_lists
+    lists = lists or getattr(model, "block_lists", ("blocks",))
     kept, blocks = [int(i) for i in kept], [block for name in lists for block in model.get_submodule(name)]
     if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= len(blocks):
         raise ValueError(f"kept blocks {kept}: expected different numbers from 0 to {len(blocks) - 1}, ascending")
@@ -2957,15 +2957,15 @@ FLAGS = [
      "instead, encode a folder of images with --vae into latents.npy and labels.npy in --out"),
     ("--fid PATH", nonempty, None, None, "instead, only measure FID of these images (a folder or .npz) against --ref"),
     ("--save-stats FILE", nonempty, None, None, "with --fid: write its statistics there, for later use as --ref"),
-    ("--out DIR", nonempty, None, None, "folder of the results: runs/toy, or runs/NAME for --data NAME"),
+    ("--out DIR", nonempty, None, None, "folder of the results: runs/NAME, of --data, or else of --model"),
     ("--device NAME", nonempty, None, "measure", "cpu, cuda, cuda:1 ...; without it, the first GPU if there is one"),
 ]
 MAR_DEFAULTS = {"MAR-toy": {"teacher_lr": 2e-3, "sample_steps": 8}} | dict.fromkeys(
     ("MAR-L", "MAR-B"), {"sample_steps": 256, "guidance": 3.0})  # where they are not those of FLAGS
 
 
-def parse_args(argv=None):
-    """Flags to a namespace, checked, with the model's defaults filled in."""
+def make_parser():
+    """FLAGS as a Parser."""
     parser = Parser(prog="tinyfusion.py", formatter_class=argparse.RawDescriptionHelpFormatter, description=(
         "Train a diffusion transformer, learn which of its layers to keep, prune it, recover it and measure it.\n"
         "With no flag: drawn digits, on a laptop, into runs/toy. Of a default a / b, a is that of toy models, and b\n"
@@ -2979,7 +2979,15 @@ def parse_args(argv=None):
             words += f" ({' / '.join(f'{d:g}' for d in default) if isinstance(default, tuple) else default})"
         check = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         parser.add_argument(flag, metavar=placeholder, default=default, help=words, **check)
+    return parser
+
+
+def parse_args(argv=None):
+    """Flags to a namespace, checked, with the model's defaults filled in, and `teacher`, the model of --ckpt."""
+    parser = make_parser()
     args = parser.parse_args(argv)
+    if args.encode and not args.out:
+        parser.error("--encode goes with --out, the folder to write to: ImageNet takes 42 GB")
     args.teacher, told = None, None
     if args.ckpt:
         if args.model != "toy":
@@ -2987,11 +2995,11 @@ def parse_args(argv=None):
         args.teacher, content = load_checkpoint(args.ckpt)
         args.classes, told = content["classes"], content.get("objective")
         args.model = next((name for name, model in ALL_MODELS.items() if isinstance(args.teacher, model.func)
-                           and model.keywords["hidden_size"] == args.teacher.hidden_size), "of --ckpt")
+                           and model.keywords["hidden_size"] == args.teacher.hidden_size), "ckpt")
         args.image_size = args.image_size or args.teacher.input_size
         args.ckpt = f"{Path(args.ckpt).resolve()}, {checksum(args.teacher)}"
     model = args.teacher or unallocated(ALL_MODELS[args.model])
-    depth, patch, told = len(model.blocks), model.patch_size, "mar" if model.objective == "mar" else told
+    told = "mar" if model.objective == "mar" else told
     if told and args.objective not in (None, told):
         parser.error(f"--objective {args.objective}: {args.ckpt or args.model} has the objective {told}; leave it out")
     args.objective = args.objective or told or model.objective
@@ -3002,6 +3010,13 @@ def parse_args(argv=None):
             value = value[2 if args.compare and len(value) > 2 else not toy]
             setattr(args, name, MAR_DEFAULTS.get(args.model, {}).get(name, value))
     args.learn_batch_size = args.learn_batch_size or max(1, args.batch_size // (1 if toy else 2))
+    args.out = args.out or f"runs/{Path(args.data).resolve().name if args.data else args.model.replace('/', '-')}"
+    check_args(parser, args, len(model.blocks), model.patch_size)
+    return args
+
+
+def check_args(parser, args, depth, patch):
+    """End with an error of the parser where flags do not fit one another, or a model of `depth` blocks."""
     if args.image_size % patch:
         parser.error(f"argument --image-size: {args.image_size} is no multiple of the patch, {patch}")
     try:
@@ -3032,14 +3047,10 @@ def parse_args(argv=None):
     for flag, other in (("quick", "compare"), ("save_stats", "fid"), ("encode", "vae"), ("inception", "measure")):
         if getattr(args, flag) and not getattr(args, other):
             parser.error(f"--{flag.replace('_', '-')} goes with --{other}")
-    if args.encode and not args.out:
-        parser.error("--encode goes with --out, the folder to write to: ImageNet takes 42 GB")
     if args.fid and not (args.ref or args.save_stats):
         parser.error("--fid goes with --ref, or with --save-stats")
     if args.kept and args.criterion != "learned":
         parser.error("--kept and --criterion: give one of them")
-    args.out = args.out or f"runs/{Path(args.data).resolve().name if args.data else 'toy'}"
-    return args
 
 
 def pick_device(name):
