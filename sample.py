@@ -5,9 +5,9 @@
     python sample.py --ckpt runs/toy/student.pt --num-images 5000 --npz a.npz         an ADM batch, for any FID program
     python sample.py --ckpt TinyDiT-D14.pt --vae stabilityai/sd-vae-ft-ema --labels 207,360,387,974,88,979,417,279
 
-Checkpoints of facebookresearch/DiT, of SiT, LTH14/mar and the public TinyFusion code are taken too. Models of latents (4
-channels; MAR 16) draw latents, which are no images: --vae makes images of those of DiT and SiT, and without it --npz
-writes them, as `latents`.
+Checkpoints of facebookresearch/DiT, of SiT, LTH14/mar and the public TinyFusion code are taken too. Models of latents
+draw latents, which are no images: --vae makes images of those of DiT and SiT (4 channels), and without it --npz writes
+them, as `latents`; so for those of MAR (16 channels).
 
 Image i of a seed is the same image whatever the batch size, on any device, but for the last bits of matrix products.
 How the checkpoint's own samples were drawn (steps, guidance, eta) is stored in it, and is the default here.
@@ -45,7 +45,7 @@ def parse_args(argv=None):
     parser.add_argument("--head-steps", type=number(int, 2, 1000), metavar="N",
                         help="of a MAR: steps of its head's diffusion (the checkpoint's)")
     parser.add_argument("--temperature", type=number(float, 0), metavar="X",
-                        help="of a MAR: a factor of the noise in them (the checkpoint's)")
+                        help="of a MAR: a factor of the noise that the head's steps add (the checkpoint's)")
     parser.add_argument("--seed", type=number(int, 0, 2 ** 31), default=0, metavar="N", help="seed of the noise (0)")
     parser.add_argument("--batch-size", type=number(int, 1), default=100, metavar="N", help="images at once (100)")
     target = parser.add_mutually_exclusive_group()
@@ -95,6 +95,9 @@ def run(args):
         raise UserError(f"{target}: is a folder; expected the name of a file to write")
     model, checkpoint = load_checkpoint(args.ckpt, device)
     latent = model.in_channels not in (1, 3)
+    if latent and model.objective == "mar" and (args.vae or not args.npz):
+        raise UserError(f"{args.ckpt} draws latents of MAR's own VAE, which is not here: leave --vae out, and give "
+                        "--npz FILE to write them as they are")
     if latent and not (args.npz or args.vae):
         raise UserError(f"{args.ckpt} draws latents of {model.in_channels} channels, no images; give --vae NAME to "
                         "decode them, or --npz FILE to write them as they are")
@@ -112,11 +115,14 @@ def run(args):
     others = set(options) - set(OBJECTIVES[objective].options)
     if others & asked.keys():
         flag = (others & asked.keys()).pop().replace("_", "-")
-        raise UserError(f"--{flag}: the objective of {args.ckpt} is {objective}, which has none; leave it out")
+        hint = " (or, of an official SiT, add --objective flow)" if flag == "solver" else ""
+        raise UserError(f"--{flag}: the objective of {args.ckpt} is {objective}, which has none; leave it out{hint}")
     if not isinstance(checkpoint["sampling"], dict):
         raise UserError(f"checkpoint {args.ckpt}: its entry sampling is no dict of settings")
     sampling = checkpoint["sampling"] | asked | {"dtype": getattr(torch, args.dtype) if args.dtype else None}
     sampling = {key: value for key, value in sampling.items() if key not in others}
+    if objective == "mar" and args.steps is None and isinstance(sampling.get("steps"), int):
+        sampling["steps"] = min(sampling["steps"], model.num_tokens)         # a small official one
     if args.compile:
         tune_blocks(model, compile=True)
     batches = torch.arange(N).split(args.batch_size)
@@ -129,7 +135,7 @@ def run(args):
             try:
                 yield sample_images(model, diffusion, labels[index], index.tolist(), shape, args.seed, sampling, decode)
             except (TypeError, ValueError) as error:
-                raise UserError(f"checkpoint {args.ckpt}: its sampling settings cannot be used: {error}") from None
+                raise UserError(f"checkpoint {args.ckpt} cannot be sampled with {settings}: {error}") from None
             report(int(index[-1]), {})
 
     if args.npz and latent and not args.vae:

@@ -1871,6 +1871,10 @@ class Files(unittest.TestCase):
         found, content = tf.load_checkpoint(self.folder / "mar.pt")
         self.assertEqual((found.config(), content["sampling"]["head_steps"]), (mar.config(), 100))
         self.assertTrue(all(torch.equal(weight, found.state_dict()[name]) for name, weight in mar.state_dict().items()))
+        flags = ["--ckpt", str(self.folder / "mar.pt"), "--num-images", "2", "--head-steps", "2"]
+        for more, status in ((["--vae", "x"], 2), (["--npz", str(latents), "--guidance", "1"], 0)):
+            self.assertEqual(status_and_words(sample.main, [*flags, *more])[0], status)
+        self.assertEqual(np.load(latents, allow_pickle=False)["latents"].shape, (2, 4, 8, 8))
         tf.save_checkpoint(self.path, loaded, checkpoint["sampling"], checkpoint["classes"])
         found = torch.load(self.path, weights_only=True)  # the official find_model, and a model of official names
         model.load_state_dict(found["ema"] if "ema" in found else found, strict=True)

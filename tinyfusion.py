@@ -28,7 +28,7 @@ The method.  With weights Phi, search for the mask m together with the fine-tuni
 How to run.
     python tinyfusion.py                      the whole story on drawn digits, some minutes on a laptop, into runs/toy/
     python tinyfusion.py --data FOLDER        the same on your images, one sub-folder per class
-    python tinyfusion.py --model MAR-toy      the same with a MAR; with --objective flow --out runs/sit: with a SiT
+    python tinyfusion.py --model MAR-toy      the same with a MAR; with --objective flow: with a SiT
     python tinyfusion.py --compare criteria   learning against older rules, all 64 masks recovered (--quick: some)
     torchrun --nproc_per_node=8 tinyfusion.py --ckpt DiT-XL-2-256x256.pt --data LATENTS    the paper's (see the README)
     python tinyfusion.py --help               every flag
@@ -807,8 +807,8 @@ def prune(model, kept, lists=None):
     """A shallower copy of `model`: only the blocks numbered in `kept`, everything else the same, weights untouched.
 
     lists: the names of the ModuleLists that hold the blocks, numbered through them, such as "encoder.layers"; without
-    it model.block_lists, or "blocks". Raises ValueError unless `kept` is ascending, within the depth. Source: the paper; dPhi is
-    not in the result."""
+    it model.block_lists, or "blocks". Raises ValueError unless `kept` is ascending, within the depth. Source: the
+    paper; dPhi is not in the result."""
     lists = lists or getattr(model, "block_lists", ("blocks",))
     kept, blocks = [int(i) for i in kept], [block for name in lists for block in model.get_submodule(name)]
     if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= len(blocks):
@@ -932,7 +932,8 @@ def recover(student, teacher, diffusion, batches, pairs, steps, *, kd="masked", 
 #
 # The method asks little of a model: residual blocks, a forward pass that takes a mask of them, and a loss. Chapters 3
 # to 5 serve two more families as they stand; what is new is here: for each an objective with the calls of
-# `GaussianDiffusion`, and for MAR a model with those of `DiT`.
+# `GaussianDiffusion` (sample_t, q_sample, losses, training_losses and distillation_losses to train, sample to draw,
+# spread_t and snr_weight for Chapters 4 and 11), and for MAR a model with those of `DiT`.
 #
 # SiT (arXiv:2401.08740) is DiT's network with another objective, flow matching: x_t lies on the straight line from
 # noise to image, and the model predicts the velocity along it. Its t runs the other way: 0 is noise, 1 the image.
@@ -2357,7 +2358,7 @@ def noise_source(indices, shape, seed, device="cpu"):
 
 def sample_images(model, diffusion, labels, indices, shape, seed, sampling, decode=to_uint8):
     """Images, by default uint8 (B, C, H, W), on the CPU, of `labels` (B,), from the noise of images `indices` of
-    `seed`. `sampling` is a dict of arguments of GaussianDiffusion.sample; decode makes images of what it returns."""
+    `seed`. `sampling` is a dict of arguments of the objective's `sample`; decode makes images of what it returns."""
     draw = noise_source(indices[:len(labels)], shape, seed, labels.device)
     return decode(diffusion.sample(model, labels, draw, **sampling)).cpu()
 
@@ -2939,7 +2940,7 @@ FLAGS = [
     ("--eta X", number(float, 0, 1), 1.0, "measure", "objective ddpm: 1 samples by DDPM, 0 by DDIM"),
     ("--solver NAME", ("euler", "heun"), "heun", "measure", "objective flow: euler, or heun, two model calls a step"),
     ("--head-steps N", number(int, 2, 1000), (10, 100), "measure", "MAR: steps of the head's diffusion"),
-    ("--temperature X", number(float, 0), 1.0, "measure", "MAR: a factor of the noise in them"),
+    ("--temperature X", number(float, 0), 1.0, "measure", "MAR: a factor of the noise that the head's steps add"),
     ("--vae NAME", nonempty, None, "measure", "autoencoder of latents, on Hugging Face or a folder (needs diffusers)"),
     ("--inception FILE", nonempty, None, "measure", "measure FID by this TorchScript network, instead of toy-FID"),
     ("--ref PATH", nonempty, None, "measure",
@@ -2957,7 +2958,8 @@ FLAGS = [
      "instead, encode a folder of images with --vae into latents.npy and labels.npy in --out"),
     ("--fid PATH", nonempty, None, None, "instead, only measure FID of these images (a folder or .npz) against --ref"),
     ("--save-stats FILE", nonempty, None, None, "with --fid: write its statistics there, for later use as --ref"),
-    ("--out DIR", nonempty, None, None, "folder of the results: runs/NAME, of --data, or else of --model"),
+    ("--out DIR", nonempty, None, None,
+     "folder of the results: runs/NAME of --data or else --model; runs/NAME-flow with --objective flow"),
     ("--device NAME", nonempty, None, "measure", "cpu, cuda, cuda:1 ...; without it, the first GPU if there is one"),
 ]
 MAR_DEFAULTS = {"MAR-toy": {"teacher_lr": 2e-3, "sample_steps": 8}} | dict.fromkeys(
@@ -3010,7 +3012,8 @@ def parse_args(argv=None):
             value = value[2 if args.compare and len(value) > 2 else not toy]
             setattr(args, name, MAR_DEFAULTS.get(args.model, {}).get(name, value))
     args.learn_batch_size = args.learn_batch_size or max(1, args.batch_size // (1 if toy else 2))
-    args.out = args.out or f"runs/{Path(args.data).resolve().name if args.data else args.model.replace('/', '-')}"
+    name = Path(args.data).resolve().name if args.data else args.model.replace("/", "-")
+    args.out = args.out or f"runs/{name}{'-flow' if args.objective == 'flow' else ''}"
     check_args(parser, args, len(model.blocks), model.patch_size)
     return args
 
@@ -3078,7 +3081,8 @@ class Run:
             torch.set_float32_matmul_precision("high")
         images = not args.data or (Path(args.data).is_dir() and not holds_latents(args.data))
         if args.teacher and args.teacher.in_channels > 3 and images:
-            raise UserError("--ckpt draws latents, not images: give a folder of latents as --data (--encode makes one)")
+            raise UserError("--ckpt draws latents, not images: give a folder of latents as --data" + (
+                " (--encode makes one)" if args.objective != "mar" else ", of MAR's own VAE"))
         self.data = data = open_data(args.data, args.image_size) if args.data else toy_digits(size=args.image_size)
         if len(data.labels) < max(20, args.batch_size, args.learn_batch_size):
             raise UserError(f"{len(data.labels)} images are too few; expected at least 20, and no fewer than "
