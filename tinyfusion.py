@@ -37,7 +37,7 @@ How to run.
 Letters in the shape comments.
     B examples    T tokens    D width of a token    L blocks      K groups of blocks    N of M blocks kept in a group
     C channels of an image or latent    H, W its height and width    P side of a patch    F (in shapes) features
-    R (in Chapter 6) how often a batch is noised
+    in Chapter 6: F numbers in a token, n tokens that are noisy, R how often a batch is noised
 
 Chapters.
     1 The model: DiT           4 Recoverability: LoRA       7 Measuring               10 Files and pictures
@@ -928,7 +928,7 @@ def recover(student, teacher, diffusion, batches, pairs, steps, *, kd="masked", 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Chapter 6. Other families: SiT and MAR
+# Chapter 6. Families: SiT and MAR
 #
 # The method asks little of a model: residual blocks, a forward pass that takes a mask of them, and a loss. Chapters 3
 # to 5 serve two more families as they stand; what is new is here: for each an objective with the calls of
@@ -1144,7 +1144,7 @@ class MAR(nn.Module):
     cuts = property(lambda self: (len(self.encoder_blocks),))
 
     def config(self):
-        """As `DiT.config`."""
+        """As `DiT.config`: MAR(**model.config()) is a twin."""
         names = ("input_size", "patch_size", "in_channels", "hidden_size", "num_heads", "mlp_ratio",
                  "class_dropout_prob", "num_classes", "buffer_size", "diffloss_w", "diffloss_d", "dropout")
         return {name: getattr(self, name) for name in names} | {"encoder_depth": len(self.encoder_blocks),
@@ -1206,8 +1206,8 @@ class MaskedAutoregression(GaussianDiffusion):
 
     def sample_t(self, batch_size, device=None):
         """Training times (R * B, T) of random tokens, the others being known. Their share is drawn from a normal
-        distribution of mean 1, cut to [mask_ratio_min, 1]; it is the same in all examples, whose known tokens then make
-        one tensor (B, known, D)."""
+        distribution of mean 1 and standard deviation 0.25, cut to [mask_ratio_min, 1]; it is the same in all examples,
+        whose known tokens then make one tensor (B, known, D)."""
         share = nn.init.trunc_normal_(torch.empty(()), 1.0, 0.25, self.mask_ratio_min, 1.0).item()
         order = torch.rand(batch_size, self.num_tokens, device=device).argsort(1)
         t = torch.randint(self.num_timesteps, (self.repeats * batch_size, self.num_tokens), device=device)
