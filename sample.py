@@ -18,10 +18,7 @@ import numpy as np
 import torch
 
 from tinyfusion import (PRESETS, VAE, Parser, UserError, compile_blocks, guarded, image_grid, load_checkpoint,
-                        objective_of, pick_device, progress, sample_images, to_uint8, write_file,
-                        write_png)
-
-OPTIONS = ("eta", "solver", "head_steps", "temperature")     # arguments of some objectives' `sample`
+                        objective_of, pick_device, progress, sample_images, to_uint8, write_file, write_png)
 
 
 def parse_args(argv=None):
@@ -62,18 +59,16 @@ def choose_labels(words, num_classes):
 def choose_decoder(args, model, device):
     """The function that turns what `model` draws into what is written. Raises UserError where flags do not fit."""
     C = model.in_channels
-    if args.vae and C != 4:
-        raise UserError(f"--vae decodes 4 channels, {args.ckpt} draws {C}; leave --vae out")
-    if args.vae:
+    if args.vae and C == 4:
         return VAE(args.vae, device).decode
-    if C not in (1, 3) and not args.npz:
-        raise UserError(f"{args.ckpt} draws latents of {C} channels: give --vae NAME to decode 4, or --npz FILE")
+    if args.vae or (C not in (1, 3) and not args.npz):
+        raise UserError(f"{args.ckpt} draws {C} channels: --vae NAME decodes 4, --npz FILE writes latents as they are")
     return to_uint8 if C in (1, 3) else lambda latents: latents
 
 
 def choose_sampling(args, checkpoint, diffusion):
     """The arguments of the objective's `sample`. Raises UserError for a flag that this objective does not have."""
-    given = {name: getattr(args, name) for name in ("steps", "guidance", *OPTIONS)}
+    given = {name: getattr(args, name) for name in ("steps", "guidance", "eta", "solver", "head_steps", "temperature")}
     sampling = checkpoint["sampling"] | {name: value for name, value in given.items() if value is not None}
     unknown = sampling.keys() - inspect.signature(diffusion.sample).parameters
     if unknown:
@@ -98,8 +93,7 @@ def run(args):
     chosen = choose_labels(args.labels, model.num_classes)
     N = args.num_images or 10 * len(chosen)
     labels = torch.tensor(chosen).repeat(math.ceil(N / len(chosen)))[:N]
-    known = {name: value for name, value in sampling.items() if value is not None}
-    settings = ", ".join(f"{name} {value}" for name, value in known.items()) + f", seed {args.seed}"
+    settings = ", ".join(f"{name} {value}" for name, value in sampling.items()) + f", seed {args.seed}"
     report = progress("images", N, unit="images")
     parts = []
     for index in torch.arange(N).split(args.batch_size):

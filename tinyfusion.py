@@ -1429,7 +1429,8 @@ def images_of(path):
         if not files:
             raise UserError(f"{path}: no images in this folder")
         return (torch.from_numpy(read_image(file)[None].copy()) for file in files)
-    images = load_arrays(path).get("arr_0", np.zeros(0))
+    arrays = load_arrays(path) if Path(path).suffix == ".npz" else {}
+    images = arrays.get("arr_0", np.zeros(0))
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise UserError(f"{path}: its arr_0 is {images.dtype} {images.shape}; expected uint8 images (N, H, W, 3)")
     return torch.from_numpy(images).permute(0, 3, 1, 2).split(50)
@@ -1588,7 +1589,7 @@ def center_crop(image, size):
 def read_image(path, size=None):
     """An image file as a uint8 array (C, H, W), of one channel if it is grey, else of three; with a `size`, cropped to
     that square. Raises UserError, with the file's name, where it is not a whole image of 8 or 16 bits."""
-    with reading(path, "a whole image; repair or remove it"), Image.open(path) as image:
+    with reading(path, "a whole image; repair or replace it"), Image.open(path) as image:
         if image.mode.startswith("I;16"):        # 16 bits a pixel: Pillow's own conversion would clip, not scale
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode in ("I", "F"):
@@ -2273,6 +2274,14 @@ RECIPE = ("model", "ckpt", "data", "image_size", "seed", "batch_size", "teacher_
           "learn_lr", "logits_lr", "groups", "criterion", "update", "recover_steps", "recover_lr", "kd")
 
 
+def checksum(model):
+    """A number by which to know the weights of a model again."""
+    value = 0
+    for weight in model.state_dict().values():
+        value = zlib.crc32(weight.cpu().contiguous().numpy(), value)
+    return value
+
+
 class Run:
     """A folder with one configuration: what the stages share."""
 
@@ -2320,13 +2329,25 @@ class Run:
                             "out, by --stages teacher,learn,recover")
         if args.objective == "mar" and args.sample_steps > model.num_tokens:
             raise UserError(f"--sample-steps {args.sample_steps}: expected up to {model.num_tokens}, one per token")
+        if args.objective == "ddpm":
+            self.diffusion.respaced(args.sample_steps)       # raises ValueError for steps that do not fit
+        if args.criterion == "oracle":
+            oracle(model, self.groups)                       # the same, for groups
+        if args.criterion[0].isdecimal():
+            blocks = [int(block) for block in args.criterion.split(",")]
+            if blocks != sorted(set(blocks)) or blocks[-1] >= len(model.blocks):
+                raise UserError(f"--criterion {args.criterion}: expected different blocks from 0 to "
+                                f"{len(model.blocks) - 1}, ascending")
 
     def claim(self):
         """Write settings.json, or raise UserError where the folder has other settings. A learning rate may be lowered
         after its stage has diverged."""
         path = self.out / "settings.json"
+        self.settings_path = path
         self.settings = {"--" + name.replace("_", "-"): str(getattr(self.args, name)) for name in RECIPE}
-        self.settings["--data"] = f"{self.args.data}, {self.data.describe()}"
+        self.settings["--data"] = f"{self.args.data and Path(self.args.data).resolve()}, {self.data.describe()}"
+        if self.args.teacher:
+            self.settings["--ckpt"] = f"{Path(self.args.ckpt).resolve()}, checksum {checksum(self.args.teacher):08x}"
         self.diverged = []                       # the rates that may be lowered
         if path.exists():
             saved = read_json(path, "--model", "diverged")
@@ -2343,7 +2364,7 @@ class Run:
 
     def batch_size(self, stage):
         """Images per step, in all processes together."""
-        return int(self.args.batch_size * (self.args.learn_batch if stage == "learn" else 1))
+        return max(1, int(self.args.batch_size * (self.args.learn_batch if stage == "learn" else 1)))
 
     def training(self, stage):
         """A stage's batches, and the arguments of `train` that all stages share; both from its saved state on."""
@@ -2378,20 +2399,25 @@ class Run:
         else:
             look, accuracy = train_judge(self.data, self.device)
         if self.args.ref:
-            return look, statistics_of(self.args.ref, look), accuracy
+            real = statistics_of(self.args.ref, look)
+            features = look(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))[0].shape[1]
+            if len(real["mu"]) != features:
+                raise UserError(f"--ref {self.args.ref} has {len(real['mu'])} features, --inception {features}")
+            return look, real, accuracy
         return look, statistics([look(images) for images in self.data.images.split(256)]), accuracy
 
     def conditions(self):
         """What measured figures depend on besides the settings."""
-        return {name: getattr(self.args, name) for name in ("samples", "sample_steps", "guidance", "inception", "ref")}
+        names = ("samples", "sample_steps", "guidance", "inception", "ref", "vae")
+        return {name: getattr(self.args, name) for name in names}
 
     def branch(self, criterion, seed):
         """A run with the same teacher and another criterion and seed, in a sub-folder."""
         self.judge, self.examples                # computed once, for all branches
         other = copy.copy(self)
         other.args = argparse.Namespace(**vars(self.args) | {"criterion": criterion, "seed": seed})
-        other.out = self.out / f"{criterion}-{seed}"
-        other.out.mkdir(exist_ok=True)
+        other.out = self.out / "compare" / f"{criterion}-{seed}"
+        other.out.mkdir(parents=True, exist_ok=True)
         return other
 
     def outcome(self):
@@ -2433,14 +2459,12 @@ def stage_teacher(run, path):
 
 
 def choose_blocks(run, teacher):
-    """The blocks of the teacher that --criterion keeps. Raises ValueError where it does not apply to this teacher."""
+    """The blocks of the teacher that --criterion keeps."""
     criterion = run.args.criterion
     torch.manual_seed(run.args.seed + 1)
     if criterion in CRITERIA:
         return CRITERIA[criterion](teacher, run.groups, run.diffusion, run.examples)
-    kept = [int(block) for block in criterion.split(",")]
-    prune(teacher, kept)                         # raises ValueError for blocks that are not there
-    return kept
+    return [int(block) for block in criterion.split(",")]
 
 
 def stage_learn(run, path):
@@ -2544,24 +2568,30 @@ def run_stage(run, stage):
     """Run a stage unless its file is there. Raises UserError where --stages leaves it out, Diverged for its loss."""
     path = run.out / RESULTS[stage]
     state = run.out / f"{stage}-state.pt"
-    if path.exists() and (stage != "measure" or read_json(path, "conditions")["conditions"] == run.conditions()):
+    finished = path.exists() and (stage != "measure" or read_json(path, "conditions")["conditions"] == run.conditions())
+    if gather(finished)[0]:                      # every process looks before one of them writes
         print(f"{stage}: {path} is there and is used")
+        state.unlink(missing_ok=True)
         return
     if stage not in run.args.stages:
         raise UserError(f"{path} is missing, and --stages leaves {stage} out; add it")
     for later in list(RESULTS)[list(RESULTS).index(stage) + 1:]:             # what depends on this stage is outdated
         (run.out / RESULTS[later]).unlink(missing_ok=True)
         (run.out / f"{later}-state.pt").unlink(missing_ok=True)
+        for folder in run.out.glob("measure-*"):
+            shutil.rmtree(folder, ignore_errors=True)
+    if stage == "teacher":
+        shutil.rmtree(run.out / "compare", ignore_errors=True)
     try:
         STAGES[stage](run, path)
     except NonFiniteLoss as stop:
         rates = ["--learn-lr", "--logits-lr"] if stage == "learn" else [f"--{stage}-lr"]
-        write_json(run.out / "settings.json", run.settings | {"diverged": rates})
+        write_json(run.settings_path, run.settings | {"diverged": rates})
         raise Diverged(f"{stage} stopped: {stop}; the same command with a lower {' or '.join(rates)} goes on from step "
                        f"{TrainingState(state).step}, or, if you delete {state}, from the start of the stage") from None
     state.unlink(missing_ok=True)
     if run.diverged:
-        write_json(run.out / "settings.json", run.settings | {"diverged": []})
+        write_json(run.settings_path, run.settings | {"diverged": []})
 
 
 def run_stages(run):
@@ -2593,13 +2623,14 @@ def run_stages(run):
 def fixed_examples(diffusion, data, n=512, seed=0, device="cpu", batch_size=128):
     """Batches (x0, y, t, noise) of n examples in all (fewer where there are fewer images), the same at every call, on
     which models can be compared without training them. x0 (B, C, H, W), y (B,), t and noise as for `losses`."""
-    x0, y = next(data_batches(data, n, seed, device))
+    chosen = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(seed))[:n]
     batches = []
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
         torch.manual_seed(seed)
-        for x0, y in zip(x0.split(batch_size), y.split(batch_size)):
+        for index in chosen.split(batch_size):
+            x0 = data.read(index).to(device)
             t = diffusion.sample_t(len(x0), device)
-            batches.append((x0, y, t, noise_for(x0, t)))
+            batches.append((x0, data.labels[index].to(device), t, noise_for(x0, t)))
     return batches
 
 
@@ -2686,7 +2717,9 @@ CRITERIA = {
 
 
 def every_choice(groups):
-    """All choices of blocks that the groups allow, as lists of block numbers."""
+    """All choices of blocks that the groups allow, as lists of block numbers. Raises ValueError for more than 1,000."""
+    if math.prod(math.comb(m, n) for n, m in groups) > 1000:
+        raise ValueError("these groups allow more than 1,000 choices of blocks: too many to recover")
     starts = itertools.accumulate([m for _, m in groups], initial=0)
     parts = [itertools.combinations(range(start, start + m), n) for start, (n, m) in zip(starts, groups)]
     return [list(itertools.chain(*choice)) for choice in itertools.product(*parts)]
@@ -2694,13 +2727,15 @@ def every_choice(groups):
 
 def spread(values, digits):
     """Numbers in words: their mean and standard deviation."""
+    if not np.isfinite(values).all():
+        return "diverged"
     return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
 
 
 def compare(run, every_mask=False, seeds=(0, 1, 2)):
     """The paper's Table 3 in miniature: what learning and the criteria choose, recovered with every seed. Each is a run
     of its own in a sub-folder, with the teacher of `run` (a Run, Chapter 11), so a comparison that was stopped goes on.
-    With `every_mask`, all choices that the groups allow are recovered too, and the methods are ranked among them."""
+    With `every_mask`, all choices that the groups allow are recovered too, and the better ones are counted."""
     names = ["learned", *CRITERIA]
     masks = [",".join(map(str, kept)) for kept in every_choice(run.groups)] if every_mask else []
     report = progress("compare", len(names + masks), unit="choices")
@@ -2709,7 +2744,9 @@ def compare(run, every_mask=False, seeds=(0, 1, 2)):
         try:
             with contextlib.redirect_stdout(None):           # the stages are not to print
                 found[name] = list(zip(*[run.branch(name, seed).outcome() for seed in seeds]))
-        except ValueError as error:
+        except Diverged:
+            raise
+        except ValueError as error:              # the oracle keeps one block of every pair, whatever the groups
             print(f"{name} is left out: {error}")
         report(number, {})
 
@@ -2717,11 +2754,11 @@ def compare(run, every_mask=False, seeds=(0, 1, 2)):
     rows = []
     for name in found.keys() - set(masks):
         kept, pruned, recovered, fid = found[name]
-        rank_of = f"{1 + sum(other < np.mean(fid) for other in fids)} of {len(masks)}" if masks else "-"
+        better = f"{sum(other < np.mean(fid) for other in fids)} of {len(masks)}" if masks else "-"
         blocks = " ".join(map(str, kept[0]))
-        rows.append([name, blocks, spread(pruned, 3), spread(recovered, 4), spread(fid, 1), rank_of])
+        rows.append([name, blocks, spread(pruned, 3), spread(recovered, 4), spread(fid, 1), better])
     print_table(["method", f"kept blocks (seed {seeds[0]})", "loss after pruning", "loss after recovery",
-                 "toy-FID after recovery", "rank"], sorted(rows, key=lambda row: names.index(row[0])))
+                 "toy-FID after recovery", "better masks"], sorted(rows, key=lambda row: names.index(row[0])))
     if masks:
         correlation = scipy.stats.spearmanr([np.mean(found[mask][1]) for mask in masks], fids).statistic
         print(f"\nSpearman's correlation of loss after pruning and toy-FID over {len(masks)} masks: {correlation:.2f}")
@@ -2729,7 +2766,8 @@ def compare(run, every_mask=False, seeds=(0, 1, 2)):
     for name, (_, pruned, _, fid) in found.items():
         if np.isfinite(fid).all():               # what diverged has no place in the picture
             dots.setdefault((np.mean(pruned), np.mean(fid)), []).extend([] if name in masks else [name])
-    draw_recoverability(run.out / "recoverability.png", dots)
+    if dots:
+        draw_recoverability(run.out / "recoverability.png", dots)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2845,6 +2883,10 @@ def parse_args(argv=None):
         raise UserError("--encode goes with --vae NAME and --out, the folder to write to: ImageNet takes 42 GB")
     if args.fid and not args.ref:
         raise UserError("--fid goes with --ref")
+    if args.ref and not (args.inception or args.fid):
+        raise UserError("--ref goes with --inception: toy-FID compares with the data")
+    if args.compare:
+        args.stages = list(RESULTS)
     if args.inception and not (args.fid or args.compare or "measure" in args.stages):
         raise UserError("--inception is for stage measure, which does not run here: leave it out")
     args.out = args.out or f"runs/{Path(args.data).resolve().name if args.data else name.replace('/', '-')}"
@@ -2867,7 +2909,10 @@ def guarded(prog, body):
     try:
         body()
         return 0
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+        if not known:
+            raise
         words = "out of memory; try --accumulate 2 or a smaller batch"
     except (ValueError, OSError) as error:       # the functions above say in a ValueError what is wrong with input
         words = " ".join(str(error).split())
