@@ -488,7 +488,7 @@ class GaussianDiffusion(Objective):
 
         eta 1 is DDPM with the model's variance; 0 is DDIM, deterministic after the first draw; between them is DDIM's
         sigma (arXiv:2010.02502, equation 16). Guidance 1 runs the model once a step, anything else twice, in one batch.
-        dtype as in `autocast`.
+        dtype as in `autocast` (Chapter 9).
         """
         def predict(x, t):
             return model(x, t, y) if guidance == 1 else model.forward_with_cfg(x, t, y, guidance, cfg_channels)
@@ -824,7 +824,7 @@ def match_blocks(groups, kept, cuts=()):
     """Pairs (student block, teacher block) for feature KD: the last kept block of every group, as numbered in the
     student, with the group's last block, whose output it must stand in for. For 1:2 that is (i, 2i + 1).
 
-    A group that keeps no block, as the criteria of Chapter 11 may leave it, has no pair. cuts: indices of blocks where
+    A group that keeps no block, as the criteria of Chapter 12 may leave it, has no pair. cuts: indices of blocks where
     the token sequence changes, such as a MAR's first decoder block; a pair never crosses one."""
     pairs = []
     start = 0
