@@ -1591,6 +1591,18 @@ class CommandLine(Quick):
         self.refused("a lower --recover-lr goes on", TINY, self.folder / "x", "--recover-lr 1e8", lines=None)
         self.story(self.folder / "x", "--recover-lr 1e-3")
 
+    def test_what_a_redone_stage_makes_outdated_goes(self):
+        run = self.folder / "run"
+        self.story(run)
+        for name in ("measure-old", "compare"):
+            (run / name).mkdir()
+        (run / "student.pt").unlink()
+        self.assertEqual(self.story(run).count("is there and is used"), 2)
+        self.assertEqual([(run / name).exists() for name in ("measure-old", "compare")], [False, True])
+        (run / "teacher.pt").unlink()
+        self.assertNotIn("is there and is used", self.story(run))
+        self.assertFalse((run / "compare").exists(), "its branches had the old teacher")
+
     def test_bad_input_is_one_line_and_exit_status_2(self):
         (self.folder / "file").write_text("x")
         (self.folder / "empty").mkdir()
