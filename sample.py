@@ -74,7 +74,7 @@ def choose_sampling(args, checkpoint, diffusion):
     if unknown:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in unknown)
         raise UserError(f"{args.ckpt} is a {checkpoint['name']}, which has no {flags}: leave it out")
-    return sampling | {"dtype": getattr(torch, args.dtype) if args.dtype else None}
+    return sampling | ({"dtype": getattr(torch, args.dtype)} if args.dtype else {})
 
 
 def run(args):
