@@ -866,7 +866,7 @@ def recovery_loss(student, teacher, diffusion, x0, y, pairs, kd="masked", beta=1
     denoising = diffusion.losses(out, x0, x_t, t, noise)["loss"].mean()
     if kd == "none":
         return denoising, {"denoising": denoising}
-    with torch.inference_mode(), autocast(x0.device):
+    with torch.inference_mode(), autocast(x0.device):        # bfloat16 on CUDA; `train` does so for the student
         target, target_features = teacher(x_t, t, y, hidden=[j for _, j in pairs])
     distill = diffusion.distillation_losses(out, target, x_t, t).mean()
     loss = 0.9 * distill + 0.1 * denoising
@@ -925,7 +925,8 @@ def recover(student, teacher, diffusion, batches, pairs, steps, *, kd="masked", 
 #     image 0     -1    9   -1  640  233    \  second copy      both copies know the same ones,
 #     image 1    128   -1   -1  990  501    /                   with other times for the rest
 #
-# Blocks of encoder and decoder share one numbering, and are learned and pruned together. The head stays.
+# Blocks of encoder and decoder share one numbering, and are learned and pruned together. The head stays. More letters
+# for shapes: F numbers in a token, n noisy tokens in all.
 # ---------------------------------------------------------------------------------------------------------------------
 
 class FlowMatching(Objective):
@@ -1294,8 +1295,8 @@ def objective_of(name, model):
 # that look real, recall the share of real ones that could have been drawn, and the inception score says whether images
 # are clear and of all classes.
 #
-# What is known of a set of images is a dict of arrays, its statistics: `mu` (F,), `sigma` (F, F) and, where known,
-# `features` (N, F) and class probabilities `p` (N, classes). All features are in memory.
+# What is known of a set of N images with F features each is a dict of arrays, its statistics: `mu` (F,), `sigma` (F, F)
+# and, where known, `features` (N, F) and class probabilities `p` (N, classes). All features are in memory.
 # ---------------------------------------------------------------------------------------------------------------------
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
