@@ -55,7 +55,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import signal
@@ -73,7 +72,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1426,12 +1425,8 @@ def images_of(path):
     may differ, or in `arr_0` (N, H, W, 3) of an .npz file. The file is held in memory: 10 GB for 50,000 images of
     256x256. Raises UserError where there are no images."""
     if Path(path).is_dir():
-        files = [file for file in sorted(Path(path).rglob("*")) if file.suffix.lower() in Image.registered_extensions()]
-        if not files:
-            raise UserError(f"{path}: no images in this folder")
-        return (torch.from_numpy(read_image(file)[None].copy()) for file in files)
-    arrays = load_arrays(path) if Path(path).suffix == ".npz" else {}
-    images = arrays.get("arr_0", np.zeros(0))
+        return (torch.from_numpy(read_image(file)[None].copy()) for file in files_in(path))
+    images = load_arrays(path).get("arr_0", np.zeros(0)) if Path(path).suffix == ".npz" else np.zeros(0)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise UserError(f"{path}: its arr_0 is {images.dtype} {images.shape}; expected uint8 images (N, H, W, 3)")
     return torch.from_numpy(images).permute(0, 3, 1, 2).split(50)
@@ -1476,32 +1471,31 @@ def measure_batch(model, labels, index, draw, look):
             "seconds": np.array(seconds)}
 
 
-def measure(models, labels, draw, look, real, batch_size=50, folder=None, report=lambda batch, metrics: None):
+def measure(models, labels, draw, look, real, folder, batch_size=50):
     """Draw an image of each of `labels` (N,) with each of `models`, a dict of names and models, and compare them with
     the statistics `real` by what look(images) sees in them.
 
     draw(model, labels, indices) returns uint8 images (B, C, H, W), from the same noise for every model. The models take
-    turns batch by batch, so that a busy machine slows all of them alike; images/s is the median batch's. With a
-    `folder`, every batch leaves its features there, and a measuring that was stopped goes on; the caller removes it.
-    Returns {name: dict of plain numbers} and {name: statistics}."""
+    turns batch by batch, so that a busy machine slows all of them alike; images/s is the median batch's. Every batch
+    leaves its features in `folder`, so a measuring that was stopped goes on; the caller removes it. Returns {name: dict
+    of plain numbers} and {name: statistics}."""
+    batches = torch.arange(len(labels)).split(batch_size * world_size())
+    report = progress("measure", len(batches), unit="batches")
     found = {name: [] for name in models}
-    for number, index in enumerate(torch.arange(len(labels)).split(batch_size)):
+    for number, index in enumerate(batches):
         for name, model in models.items():
-            path = Path(folder or "") / f"{name}-{number}.npz"
-            if folder and path.exists():
-                batch = load_arrays(path)
-            else:
+            path = Path(folder) / f"{name}-{number}.npz"
+            if not path.exists():
                 batch = measure_batch(model, labels, index, draw, look)
-                if folder:
-                    write_file(path, lambda file: np.savez(file, **batch))
-            found[name].append(batch)
+                write_file(path, lambda file: np.savez(file, **batch))
+            found[name].append(load_arrays(path))
         report(number, {})
     rows, stats = {}, {}
     for name, model in models.items():
         stats[name] = statistics([(batch["features"], batch["p"]) for batch in found[name]])
-        rows[name] = {"depth": len(model.blocks), "parameters": sum(w.numel() for w in model.parameters())}
-        rows[name] |= compare_statistics(stats[name], real, next(model.parameters()).device)
-        rows[name]["images_per_second"] = 1 / float(np.median([batch["seconds"] for batch in found[name]]))
+        rows[name] = {"depth": len(model.blocks), "parameters": sum(w.numel() for w in model.parameters()),
+                      **compare_statistics(stats[name], real, next(model.parameters()).device),
+                      "images_per_second": 1 / float(np.median([batch["seconds"] for batch in found[name]]))}
     return rows, stats
 
 
@@ -1556,13 +1550,10 @@ def to_uint8(x):
 
 def toy_digits(n=5000, size=16, seed=0):
     """A Dataset of n grey images of the digits 0 to 9 in Pillow's own font, 80 to 95 % of the height, a little off
-    centre. Raises UserError where Pillow was built without FreeType and so has no scalable font."""
+    centre."""
     rng = np.random.default_rng(seed)
     S = 4 * size                                 # drawn four times as large, then averaged: smooth edges
-    try:
-        fonts = [ImageFont.load_default(em) for em in np.linspace(0.8, 0.95, 7) * S / 0.71]  # a digit is 0.71 em high
-    except ImportError:
-        raise UserError("this Pillow has no scalable font (no FreeType); use PyPI's: pip install pillow") from None
+    fonts = [ImageFont.load_default(em) for em in np.linspace(0.8, 0.95, 7) * S / 0.71]      # a digit is 0.71 em high
     images = np.zeros((n, 1, size, size), np.uint8)
     for i in range(n):
         canvas = Image.new("L", (S, S))
@@ -1600,66 +1591,55 @@ def read_image(path, size=None):
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
+def files_in(folder):
+    """The files in a folder and its sub-folders, sorted, hidden ones left out. Raises UserError where there is none."""
+    files = sorted(path for path in Path(folder).rglob("[!.]*") if path.is_file())
+    if not files:
+        raise UserError(f"{folder}: no such folder, or no images in it")
+    return files
+
+
 def class_files(folder):
     """The names of the classes, sorted, and [(path, label), ...] of the files, of a folder with one sub-folder per
-    class (the ImageFolder convention). Raises UserError where there is none."""
+    class (the ImageFolder convention). Raises UserError where there is none, or one without a file."""
     folders = sorted(path for path in Path(folder).glob("[!.]*") if path.is_dir())
-    files = []
-    for label, path in enumerate(folders):
-        files += [(file, label) for file in sorted(path.rglob("[!.]*")) if file.is_file()]
-    if not files:
-        raise UserError(f"{folder}: no class folders with images in it; expected one sub-folder of images per class")
+    if not folders:
+        raise UserError(f"{folder}: no class folders; expected one sub-folder of images per class")
+    files = [(file, label) for label, path in enumerate(folders) for file in files_in(path)]
     return [path.name for path in folders], files
 
 
 def image_folder(folder, size):
-    """A Dataset of a folder as in `class_files`: grey if every image is grey, else RGB. Broken files are named on
-    stderr and skipped. Raises UserError where a class has no image."""
+    """A Dataset of a folder as in `class_files`: grey if every image is grey, else RGB. Raises UserError for a file
+    that is not an image, with its name."""
     classes, files = class_files(folder)
-    found = []
-    for path, label in files:
-        try:
-            found.append((read_image(path, size), label))
-        except UserError as error:
-            print(f"skipped {error}", file=sys.stderr)
-    labels = [label for _, label in found]
-    for label in set(range(len(classes))) - set(labels):
-        raise UserError(f"{folder}: no readable image in class folder {classes[label]!r}; add some or remove it")
-    channels = max(len(image) for image, _ in found)
-    images = np.stack([np.broadcast_to(image, (channels, size, size)) for image, _ in found])
-    if len(found) < len(files):
-        print(f"skipped {len(files) - len(found)} broken files of {len(files)}", file=sys.stderr)
-    return Dataset(torch.from_numpy(images), torch.tensor(labels), classes)
+    images = [read_image(path, size) for path, _ in files]
+    channels = max(len(image) for image in images)
+    images = np.stack([np.broadcast_to(image, (channels, size, size)) for image in images])
+    return Dataset(torch.from_numpy(images), torch.tensor([label for _, label in files]), classes)
 
 
-class NpyFiles:
-    """The arrays of the files 0.npy, 1.npy ... of a folder, in numerical order, each read when it is needed."""
-
-    def __init__(self, folder):
-        self.paths = sorted((p for p in Path(folder).glob("*.npy") if p.stem.isdecimal()), key=lambda p: int(p.stem))
-
-    def __len__(self):
-        return len(self.paths)
+class NpyFiles(list):
+    """A list of .npy files whose items are the arrays in them, read when they are needed."""
 
     def __getitem__(self, i):
-        return load_arrays(self.paths[i])
+        return load_arrays(super().__getitem__(i))
 
 
 def open_latents(latents, labels, folder):
     """A Dataset of a sequence of latents (2, C, H, W) and an array of labels. Raises UserError if they do not fit."""
-    one = np.shape(latents[0] if len(latents) else 0)
-    if len(one) != 4 or one[0] != 2 or one[2] != one[3] or labels.shape != (len(latents),):
-        raise UserError(f"{folder}: {len(latents)} latents {one}, labels {labels.shape}; expected as many of both, "
-                        "latents being (2, channels, side, side)")
-    if labels.dtype.kind not in "iu" or labels.min() < 0:
-        raise UserError(f"{folder}: labels from {labels.min()} of {labels.dtype}; expected whole numbers from 0")
+    one = np.shape(latents[0]) if len(latents) else ()
+    whole = labels.dtype.kind in "iu" and labels.min(initial=0) >= 0
+    if len(one) != 4 or one[0] != 2 or one[2] != one[3] or labels.shape != (len(latents),) or not whole:
+        raise UserError(f"{folder}: {len(latents)} latents {one}, labels {labels.shape} of {labels.dtype}; expected "
+                        "latents (2, channels, side, side), and as many labels, whole numbers from 0")
     return Dataset(latents, torch.from_numpy(labels.astype(np.int64)), [str(i) for i in range(labels.max() + 1)])
 
 
 def open_data(folder, size):
     """The Dataset in a folder: latents in `latents.npy` (N, 2, C, H, W) with `labels.npy` (N,), or in the layout of the
-    public TinyFusion code, `imagenet256_features/{i}.npy` (2, C, H, W) with `imagenet256_labels/{i}.npy` (1,); or else
-    images, made squares of side `size`. Raises UserError where it is none of them, or only half of one."""
+    public TinyFusion code, `imagenet256_features/{i}.npy` (2, C, H, W) with `imagenet256_labels/{i}.npy` (1,), paired
+    by name; or else images, made squares of side `size`. Raises UserError where it is none of them."""
     folder = Path(folder)
     if (folder / "latents.json").exists():
         raise UserError(f"--data {folder}: not encoded to the end; run the same --encode command again")
@@ -1667,12 +1647,9 @@ def open_data(folder, size):
         return open_latents(load_arrays(folder / "latents.npy", "r"), load_arrays(folder / "labels.npy"), folder)
     if not (folder / "imagenet256_features").is_dir():
         return image_folder(folder, size)
-    latents = NpyFiles(folder / "imagenet256_features")
-    labels = NpyFiles(folder / "imagenet256_labels")
-    unpaired = {path.name for path in latents.paths} ^ {path.name for path in labels.paths}
-    if unpaired:
-        raise UserError(f"--data {folder}: {min(unpaired)} is in only one of the folders of features and labels")
-    return open_latents(latents, np.array([label.item() for label in labels]), folder)
+    files = sorted((folder / "imagenet256_features").glob("*.npy"), key=lambda path: (len(path.name), path.name))
+    labels = [load_arrays(folder / "imagenet256_labels" / path.name).item() for path in files]
+    return open_latents(NpyFiles(files), np.array(labels), folder)
 
 
 def data_batches(data, batch_size, seed, device="cpu", start=0, parts=1):
@@ -1792,16 +1769,21 @@ def gather(value):
     return values
 
 
+def average(tensor):
+    """Replace a tensor, in place, by its mean over all processes."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+        tensor /= world_size()
+    return tensor
+
+
 @contextlib.contextmanager
 def processes():
     """A context in which the processes that torchrun started can exchange data, and only the first one prints."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
-    try:                                         # NCCL for what is on GPUs, gloo for what is not
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    except ValueError as error:
-        raise UserError(f"WORLD_SIZE is set, but the processes cannot meet: {error}; start with torchrun") from None
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if rank() else sys.stdout):
         yield
     dist.destroy_process_group()                 # after an error torchrun ends the others, which would not take part
@@ -1809,13 +1791,11 @@ def processes():
 
 def pick_device(name):
     """A torch.device that is there: the named one, else the first GPU, else the CPU. Raises UserError."""
-    try:
+    with reading(f"--device {name}", f"cpu or cuda; this machine has {torch.cuda.device_count()} GPUs"):
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda" and world_size() > 1:       # every process has its own
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"--device {name}: this machine has cpu and {torch.cuda.device_count()} GPUs") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")           # TF32, for what autocast leaves in float32
@@ -1830,20 +1810,13 @@ def autocast(device, dtype=None):
 
 
 def compile_blocks(model):
-    """torch.compile the blocks of a model, and of a MAR's head, in place: a slow start and faster steps."""
-    for block in model.modules():
-        if isinstance(block, (DiTBlock, Block, ResBlock)):
-            block.compile()
+    """torch.compile the blocks of a model, in place: a slow start and faster steps."""
+    for block in model.blocks:
+        block.compile()
 
 
-class NonFiniteLoss(Exception):
-    """Training met a loss or gradient that is not finite, at step `step`. `model` holds the weights from before it
-    (their EMA, if one is kept)."""
-
-    def __init__(self, step, loss, gradient_norm, model):
-        super().__init__(f"at step {step} the loss is {loss} and the norm of its gradient {gradient_norm}")
-        self.step = step
-        self.model = model
+class NonFiniteLoss(ValueError):
+    """The loss or its gradient is not finite."""
 
 
 class TrainingState:
@@ -1852,7 +1825,7 @@ class TrainingState:
 
     def __init__(self, path):
         self.path = Path(path)
-        self.step = read_checkpoint(path, ("step", "weights"))["step"] if self.path.exists() else 0
+        self.step = read_checkpoint(path, "step", "weights")["step"] if self.path.exists() else 0
 
     def save(self, step, weights, optimizer, ema, record):
         content = {"step": step, "weights": [weight.data for weight in weights], "optimizer": optimizer.state_dict(),
@@ -1871,9 +1844,7 @@ class TrainingState:
 
 
 def seed_step(seed, step):
-    """Seed torch's random numbers of one step of this process, from (seed, process, step). Nothing for seed None."""
-    if seed is None:
-        return
+    """Seed torch's random numbers of one step of this process, from (seed, process, step)."""
     torch.manual_seed(int(np.random.SeedSequence([seed, rank(), step]).generate_state(1, np.uint64)[0]))
 
 
@@ -1894,24 +1865,16 @@ def update_ema(ema, model, step, ema_decay):
         averaged.copy_(buffer)
 
 
-def average(tensor):
-    """Replace a tensor, in place, by its mean over all processes."""
-    if world_size() > 1:
-        dist.all_reduce(tensor)
-        tensor /= world_size()
-    return tensor
-
-
 def train(model, loss_fn, steps, *, params=None, lr=1e-4, final_lr_ratio=1.0, warmup=0, clip=1.0, ema_decay=None,
           accumulate=1, seed=None, on_step=None, state=None, record=None):
     """Take `steps` steps of AdamW (no weight decay, gradients clipped to norm `clip`) on `model`, in place.
 
     loss_fn(step) returns the loss, a scalar, and a dict of more numbers to report; it is called `accumulate` times a
     step, under `autocast`. params: parameters or groups of them with their own rates, by default all that require
-    gradients. The rate follows `schedule`; seed is that of `seed_step`. on_step(step, metrics) is called after every
-    step. state: a TrainingState to go on from and to save to, with `record`, a list of plain data that grows along;
-    loss_fn must then start with the batch of step `state.step`. Returns the EMA of the model if ema_decay is given,
-    else the model, in eval mode. Raises NonFiniteLoss before a step that would spoil the weights."""
+    gradients. The rate follows `schedule`; seed, if given, is that of `seed_step`. on_step(step, metrics) is called
+    after every step. state: a TrainingState to go on from and to save to, with `record`, a list of plain data that
+    grows along; loss_fn must then start with the batch of step `state.step`. Returns the EMA of the model if ema_decay
+    is given, else the model, in eval mode. Raises NonFiniteLoss before a step that would spoil the weights."""
     params = params or [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -1920,12 +1883,12 @@ def train(model, loss_fn, steps, *, params=None, lr=1e-4, final_lr_ratio=1.0, wa
         for weight in weights:                   # all processes start with the weights of the first
             dist.broadcast(weight.data, 0)
     ema = copy.deepcopy(model) if ema_decay else None
-    result = ema or model
     first = state.step if state else 0
     if first:
         state.restore(weights, optimizer, ema, record)
     for step in range(first, steps):
-        seed_step(seed, step)
+        if seed is not None:
+            seed_step(seed, step)
         for group, rate in zip(optimizer.param_groups, rates):
             group["lr"] = rate * schedule(step, steps, final_lr_ratio, warmup)
         optimizer.zero_grad()
@@ -1942,7 +1905,7 @@ def train(model, loss_fn, steps, *, params=None, lr=1e-4, final_lr_ratio=1.0, wa
         norm = nn.utils.clip_grad_norm_(weights, clip)
         total, norm = average(torch.stack([total, norm])).tolist()   # the only wait for a GPU here
         if not math.isfinite(total + norm):
-            raise NonFiniteLoss(step, total, norm, result)
+            raise NonFiniteLoss(f"at step {step} the loss is {total} and the norm of its gradient {norm}")
         if state and step > first and step % min(SAVE_EVERY, max(1, steps // 10)) == 0:
             state.save(step, weights, optimizer, ema, record)        # weights whose loss is known to be finite
         optimizer.step()
@@ -1950,7 +1913,7 @@ def train(model, loss_fn, steps, *, params=None, lr=1e-4, final_lr_ratio=1.0, wa
             update_ema(ema, model, step, ema_decay)
         if on_step:
             on_step(step, {"loss": total, "grad_norm": norm, "lr": optimizer.param_groups[-1]["lr"]} | metrics)
-    return result.eval()
+    return (ema or model).eval()
 
 
 def progress(label, steps, log_file=None, unit="steps", first=0):
@@ -1969,7 +1932,7 @@ def progress(label, steps, log_file=None, unit="steps", first=0):
             return
         printed = now
         speed = (step + 1 - first) / (now - start)
-        loss = "" if math.isnan(losses[-1]) else f"  loss {np.mean(losses):.4f}"
+        loss = f"  loss {np.mean(losses):.4f}" if "loss" in metrics else ""
         left = (steps - step - 1) / speed
         print(f"{label:8} {step + 1}/{steps}{loss}  {speed:.3g} {unit}/s  {left:.0f} s left", file=sys.stderr)
         losses.clear()
@@ -1993,11 +1956,11 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def reading(path, expected):
-    """A context in which every error becomes a UserError about the file `path`: damaged files raise many kinds."""
+    """A context in which every error becomes a UserError about `path`: damaged files raise many kinds."""
     try:
         yield
     except Exception as error:
-        raise UserError(f"{path}: {str(error) or type(error).__name__}; expected {expected}") from None
+        raise UserError(f"{path}: {str(error)[:300] or type(error).__name__}; expected {expected}") from None
 
 
 def write_file(path, write):
@@ -2032,9 +1995,25 @@ def read_json(path, *expected):
 
 def refuse_changes(path, saved, now):
     """Raise UserError, naming the differences, where the settings `saved` in a file are not those of `now`."""
-    different = [f"{name} {saved.get(name)} (now {value})" for name, value in now.items() if saved.get(name) != value]
+    different = [f"--{name.replace('_', '-')} {saved.get(name)} (now {value})"
+                 for name, value in now.items() if saved.get(name) != value]
     if different:
         raise UserError(f"{path} was made with {', '.join(different)}: give the same flags or choose another --out")
+
+
+def read_checkpoint(path, *expected):
+    """The dict in a PyTorch file, with at least the entries `expected`. It is read as data; nothing in it is run.
+    Raises UserError, in one line, for a file that is torn, foreign, or a pickle that would run code."""
+    Path(path).stat()                            # a missing file is an OSError that names it
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):         # the `args` of official training runs
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception:                            # of many kinds
+        raise UserError(f"checkpoint {path}: torn, not a PyTorch file, or one that holds more than weights and plain "
+                        "data; nothing in it was run") from None
+    if not isinstance(checkpoint, dict) or not set(expected) <= checkpoint.keys():
+        raise UserError(f"checkpoint {path}: not one of this program; expected the entries {', '.join(expected)}")
+    return checkpoint
 
 
 def save_checkpoint(path, model, objective, sampling, classes, **more):
@@ -2044,24 +2023,6 @@ def save_checkpoint(path, model, objective, sampling, classes, **more):
     content = {"ema": model.state_dict(), "config": model.config(), "objective": objective, "sampling": sampling,
                "classes": classes, **more}
     write_file(path, lambda file: torch.save(content, file))
-
-
-def read_checkpoint(path, expected=()):
-    """The dict in a PyTorch file, with at least the entries `expected`. It is read as data; nothing in it is run.
-    Raises UserError, in one line, for a file that is missing, torn, foreign, or a pickle that would run code."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):         # the `args` of official training runs
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise UserError(f"checkpoint {path}: {error.strerror or error}") from None
-    except Exception as error:                   # torn archives end in RuntimeError, EOFError, OSError and others
-        reason = "not a PyTorch file, or only a part of one"
-        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):     # it names a class or function
-            reason = "refused, it holds objects besides weights, which could run code; nothing was run"
-        raise UserError(f"checkpoint {path}: {reason}") from None
-    if not isinstance(checkpoint, dict) or not set(expected) <= checkpoint.keys():
-        raise UserError(f"checkpoint {path}: not one of this program; expected the entries {', '.join(expected)}")
-    return checkpoint
 
 
 def unallocated(build):
@@ -2081,12 +2042,11 @@ def config_of(weights):
 
     if "fake_latent" in weights:
         _, T, D = shape["diffusion_pos_embed_learned"]
-        head = "diffloss.net."
         config = {"input_size": math.isqrt(T), "patch_size": 1,              # as in official checkpoints
                   "in_channels": shape["z_proj.weight"][1], "num_classes": shape["class_emb.weight"][0],
                   "encoder_depth": depth("encoder_blocks"), "decoder_depth": depth("decoder_blocks"),
                   "buffer_size": shape["encoder_pos_embed_learned"][1] - T,
-                  "diffloss_w": shape[head + "input_proj.bias"][0], "diffloss_d": depth(head + "res_blocks")}
+                  "diffloss_w": shape["diffloss.net.input_proj.bias"][0], "diffloss_d": depth("diffloss.net.res_blocks")}
     else:
         D, C, P, _ = shape["x_embedder.proj.weight"]
         config = {"input_size": math.isqrt(shape["pos_embed"][1]) * P, "patch_size": P, "in_channels": C,
@@ -2100,13 +2060,17 @@ def config_of(weights):
 
 def preset_name(model, objective):
     """The model in PRESETS of a network's objective, width and depth; or of objective and width, the first one; or of
-    its objective alone."""
+    its objective alone. objective None: DiT's or MAR's. Raises ValueError for one that is not the network's."""
     def distance(name):
         sizes = PRESETS[name]["network"].keywords
         depth = sum(size for key, size in sizes.items() if "depth" in key)
         return sizes["hidden_size"] != model.hidden_size, depth != len(model.blocks)
 
-    return min((name for name, row in PRESETS.items() if row["objective"] == objective), key=distance)
+    names = [name for name, row in PRESETS.items()
+             if isinstance(model, row["network"].func) and objective in (None, row["objective"])]
+    if not names:
+        raise ValueError(f"objective {objective!r} is not one of a {type(model).__name__}")
+    return min(names, key=distance)
 
 
 def load_checkpoint(path, device="cpu", name=None):
@@ -2127,20 +2091,19 @@ def load_checkpoint(path, device="cpu", name=None):
             raise ValueError("more blocks than weights")
         model = unallocated(functools.partial(MAR if "fake_latent" in weights else DiT, **config))
         model.load_state_dict(weights, assign=True)
+        found = preset_name(model, checkpoint.get("objective", name and PRESETS[name]["objective"]))
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, ArithmeticError) as error:
         raise UserError(f"checkpoint {path}: weights and config disagree: {str(error)[:300]}") from None
-    possible = ["mar"] if isinstance(model, MAR) else ["ddpm", "flow"]
-    objective = checkpoint.get("objective", PRESETS[name]["objective"] if name else possible[0])
-    if objective not in possible:
-        raise UserError(f"checkpoint {path}: objective {objective!r}; expected one of {possible}")
-    closest = preset_name(model, objective)
-    name = name or closest
+    name = name or found
     row = PRESETS[name]
-    if (row["objective"], row["network"].keywords["hidden_size"]) != (objective, model.hidden_size) and name != closest:
-        raise UserError(f"checkpoint {path} is a {closest}, not a {name}: give that --model, or none")
-    sampling = {"steps": row["sample_steps"], "guidance": row["guidance"], **row["sampling"]}
-    content = {"sampling": sampling, "classes": [str(i) for i in range(model.num_classes)]} | checkpoint
-    return model.to(device).eval(), content | {"name": name, "config": model.config(), "objective": objective}
+    width = row["network"].keywords["hidden_size"]
+    if (row["objective"], width) != (PRESETS[found]["objective"], PRESETS[found]["network"].keywords["hidden_size"]):
+        raise UserError(f"checkpoint {path} is a {found}, not a {name}: give that --model, or none")
+    content = {
+        "sampling": {"steps": row["sample_steps"], "guidance": row["guidance"], **row["sampling"]},
+        "classes": [str(i) for i in range(model.num_classes)], **checkpoint,
+        "name": name, "config": model.config(), "objective": row["objective"]}
+    return model.to(device).eval(), content
 
 
 def noise_source(indices, shape, seed, device="cpu"):
@@ -2165,14 +2128,15 @@ def sample_images(model, labels, indices, *, diffusion, seed, sampling, decode=t
 
 def image_grid(images, columns, cell=48):
     """A PIL image of uint8 images (N, C, H, W), row by row, each magnified by a whole factor to about `cell` pixels."""
-    N, C, H, W = images.shape
+    N, _, H, W = images.shape
     factor = max(1, cell // H)
-    rows = math.ceil(N / columns)
-    images = F.pad(images.repeat_interleave(factor, 2).repeat_interleave(factor, 3), (1, 1, 1, 1), value=255)
-    images = torch.cat([images, torch.full_like(images[:1], 255).repeat(rows * columns - N, 1, 1, 1)])
-    grid = images.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2)       # (rows, h, columns, w, C)
-    grid = grid.reshape(rows * (H * factor + 2), columns * (W * factor + 2), C).expand(-1, -1, 3)
-    return Image.fromarray(grid.contiguous().numpy())
+    height, width = factor * H + 2, factor * W + 2                           # with a white line around it
+    grid = Image.new("RGB", (columns * width, math.ceil(N / columns) * height), "white")
+    for i, image in enumerate(images):
+        one = Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+        one = one.resize((factor * W, factor * H), Image.Resampling.NEAREST)
+        grid.paste(one, (i % columns * width + 1, i // columns * height + 1))
+    return grid
 
 
 def write_png(path, image):
@@ -2185,13 +2149,13 @@ def text(sheet, xy, words, anchor="la", size=14, fill=(40, 40, 40)):
     ImageDraw.Draw(sheet).text(xy, str(words), fill=fill, font=ImageFont.load_default(size), anchor=anchor)
 
 
-def draw_samples(path, rows, labels):
-    """samples.png. rows: (title, uint8 images (n, C, H, W)) pairs; labels: the names of the n columns."""
-    grids = [image_grid(images, len(labels)) for _, images in rows]
+def draw_samples(path, rows, names):
+    """samples.png. rows: (title, uint8 images (n, C, H, W)) pairs; names: of the n columns."""
+    grids = [image_grid(images, len(names)) for _, images in rows]
     width, height = grids[0].size
     sheet = Image.new("RGB", (200 + width, 30 + len(rows) * (height + 8)), "white")
-    for i, name in enumerate(labels):
-        text(sheet, (190 + (i + 0.5) * width / len(labels), 24), name[:7], anchor="ms")
+    for i, name in enumerate(names):
+        text(sheet, (190 + (i + 0.5) * width / len(names), 24), name[:7], anchor="ms")
     for i, (title, _) in enumerate(rows):
         y = 30 + i * (height + 8)
         sheet.paste(grids[i], (190, y))
@@ -2203,23 +2167,19 @@ def draw_decisions(path, history, groups, kept):
     """decisions.png: the probability of every block to be kept (dark: 1) over the steps of learning. history: a list of
     (step, probabilities (L,)), from `learn_layers`."""
     p = np.array([probabilities for _, probabilities in history]).T          # (L, points)
-    left, top, width, height = 70, 62, 600, 26 * len(p)
-    light, dark = np.array([244, 246, 250]), np.array([18, 62, 130])
-    heat = Image.fromarray((light + p[..., None] * (dark - light)).astype(np.uint8))
+    heat = ImageOps.colorize(Image.fromarray((255 * p).astype(np.uint8)), (244, 246, 250), (18, 62, 130))
+    left, top, width, height = 70, 50, 600, 26 * len(p)
     sheet = Image.new("RGB", (left + width + 90, top + height + 40), "white")
     sheet.paste(heat.resize((width, height), Image.Resampling.NEAREST), (left, top))
     text(sheet, (left, 14), "Probability that a block is kept (dark: 1, light: 0) while the mask is learned", size=16)
-    text(sheet, (left - 10, top - 8), "block", anchor="rs")
     for block in range(len(p)):
         y = top + 26 * block + 13
-        text(sheet, (left - 10, y), block, anchor="rm")
+        text(sheet, (left - 10, y), f"block {block}", anchor="rm")
         text(sheet, (left + width + 10, y), "kept" if block in kept else "dropped", anchor="lm")
     for edge in itertools.accumulate([m for _, m in groups], initial=0):     # a line between groups
-        y = top + 26 * edge
-        ImageDraw.Draw(sheet).line((left - 34, y, left + width + 80, y), fill=(120, 120, 120))
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        step = f"step {history[-1][0] * share:.0f}"
-        text(sheet, (left + share * width, top + height + 20), step, anchor="ms")
+        ImageDraw.Draw(sheet).line((0, top + 26 * edge, left + width + 90, top + 26 * edge), fill=(120, 120, 120))
+    text(sheet, (left, top + height + 20), "step 0", anchor="ms")
+    text(sheet, (left + width, top + height + 20), f"step {history[-1][0]}", anchor="ms")
     write_png(path, sheet)
 
 
@@ -2228,25 +2188,25 @@ def draw_recoverability(path, dots):
     {(loss, toy-FID): names} of every choice of blocks that was recovered."""
     left, top, side = 90, 50, 560
     sheet = Image.new("RGB", (left + side + 130, top + side + 70), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.rectangle((left, top, left + side, top + side), outline=(200, 205, 215))
+    ImageDraw.Draw(sheet).rectangle((left, top, left + side, top + side), outline=(200, 205, 215))
+    low = np.log(np.min(list(dots), axis=0) / 1.2)                           # (2,), of both axes
+    high = np.log(np.max(list(dots), axis=0) * 1.2)
 
-    def axis(values):                            # a number to its place from 0 to `side`
-        low, high = math.log(min(values) / 1.2), math.log(max(values) * 1.2)
-        return lambda value: (math.log(value) - low) / (high - low) * side
+    def place(loss, fid):                        # in the picture
+        x, y = (np.log([loss, fid]) - low) / (high - low) * side
+        return left + x, top + side - y
 
-    x_of = axis([loss for loss, _ in dots])
-    y_of = axis([fid for _, fid in dots])
     for tick in [digit * 10.0 ** power for power in range(-5, 6) for digit in (1, 2, 3, 5, 7)]:
-        if 0 <= x_of(tick) <= side:
-            text(sheet, (left + x_of(tick), top + side + 20), f"{tick:g}", anchor="ms")
-        if 0 <= y_of(tick) <= side:
-            text(sheet, (left - 10, top + side - y_of(tick)), f"{tick:g}", anchor="rm")
-    for (loss, fid), names in sorted(dots.items(), key=lambda dot: len(dot[1])):             # the named ones on top
-        x, y = left + x_of(loss), top + side - y_of(fid)
+        x, y = place(tick, tick)
+        if left <= x <= left + side:
+            text(sheet, (x, top + side + 20), f"{tick:g}", anchor="ms")
+        if top <= y <= top + side:
+            text(sheet, (left - 10, y), f"{tick:g}", anchor="rm")
+    for dot, names in sorted(dots.items(), key=lambda dot: len(dot[1])):     # the named ones on top
+        x, y = place(*dot)
         radius = 5 if names else 3
         colour = (205, 60, 20) if "learned" in names else (18, 62, 130) if names else (170, 178, 190)
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+        ImageDraw.Draw(sheet).ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
         text(sheet, (x + 8, y - 4), ", ".join(names), anchor="ls", size=12, fill=colour)
     text(sheet, (left - 60, 30), "toy-FID after recovery (logarithmic, lower is better)", anchor="ls")
     text(sheet, (left + side / 2, top + side + 48), "loss right after pruning (logarithmic)", anchor="ms")
@@ -2273,18 +2233,20 @@ RESULTS = {"teacher": "teacher.pt", "learn": "layers.json", "recover": "student.
 # The flags that a run's settings consist of. All others only cost time or memory, or say how to measure.
 RECIPE = ("model", "ckpt", "data", "image_size", "seed", "batch_size", "teacher_steps", "teacher_lr", "learn_steps",
           "learn_lr", "logits_lr", "groups", "criterion", "update", "recover_steps", "recover_lr", "kd")
+RATES = {"teacher_lr": "teacher", "learn_lr": "learn", "logits_lr": "learn", "recover_lr": "recover"}
+CONDITIONS = ("samples", "sample_steps", "guidance", "inception", "ref", "vae")      # of measured figures
 
 
 def checksum(model):
-    """A number by which to know the weights of a model again."""
+    """Eight digits by which to know the weights of a model again."""
     value = 0
     for weight in model.state_dict().values():
         value = zlib.crc32(weight.cpu().contiguous().numpy(), value)
-    return value
+    return f"{value:08x}"
 
 
 class Run:
-    """A folder with one configuration: what the stages share."""
+    """A folder with one configuration: what the stages share. Raises UserError where flags and data do not fit."""
 
     def __init__(self, args):
         self.args = args
@@ -2293,8 +2255,9 @@ class Run:
         model = args.teacher or unallocated(self.new_model)
         self.groups = parse_groups(args.groups, len(model.blocks))
         self.diffusion = objective_of(args.objective, model)
-        self.sampling = {"steps": args.sample_steps, "guidance": args.guidance, "clip_denoised": not self.data.latent}
-        self.sampling |= args.sampling
+        self.sampling = {"steps": args.sample_steps, "guidance": args.guidance, "clip_denoised": not self.data.latent,
+                         **args.sampling}
+        self.conditions = {name: getattr(args, name) for name in CONDITIONS}
         self.check(model)
         self.out = Path(args.out)
         self.out.mkdir(parents=True, exist_ok=True)
@@ -2318,50 +2281,28 @@ class Run:
                             f"{len(data.classes)} (latents are made by --encode)")
         if len(data.labels) < max(20, args.batch_size):
             raise UserError(f"{len(data.labels)} images are too few: expected 20, and --batch-size {args.batch_size}")
-        if args.samples < 10:
-            raise UserError(f"--samples {args.samples}: expected 10 or more")
         parts = world_size() * args.accumulate
         if args.batch_size % parts or self.batch_size("learn") % parts or args.samples % world_size():
             raise UserError(f"--batch-size {args.batch_size} ({self.batch_size('learn')} while learning) cannot be cut "
                             f"into {parts} parts, or --samples {args.samples} into {world_size()}")
-        measures = args.compare or "measure" in args.stages
-        if data.latent and measures and not (args.vae and args.inception and args.ref):
+        if data.latent and "measure" in args.stages and not (args.vae and args.inception and args.ref):
             raise UserError("latents are measured with --vae, --inception and --ref: give all three, or leave measure "
                             "out, by --stages teacher,learn,recover")
-        if args.objective == "mar" and args.sample_steps > model.num_tokens:
-            raise UserError(f"--sample-steps {args.sample_steps}: expected up to {model.num_tokens}, one per token")
-        if args.objective == "ddpm":
-            self.diffusion.respaced(args.sample_steps)       # raises ValueError for steps that do not fit
-        if args.criterion == "oracle":
-            oracle(model, self.groups)                       # the same, for groups
-        if args.criterion[0].isdecimal():
-            blocks = [int(block) for block in args.criterion.split(",")]
-            if blocks != sorted(set(blocks)) or blocks[-1] >= len(model.blocks):
-                raise UserError(f"--criterion {args.criterion}: expected different blocks from 0 to "
-                                f"{len(model.blocks) - 1}, ascending")
 
     def claim(self):
-        """Write settings.json, or raise UserError where the folder has other settings. A learning rate may be lowered
-        after its stage has diverged."""
+        """Write settings.json, or raise UserError where the folder has other settings. Data and checkpoint are known by
+        their content. The learning rate of a stage that is not finished, such as one that diverged, may be lowered."""
         path = self.out / "settings.json"
-        self.settings_path = path
-        self.settings = {"--" + name.replace("_", "-"): str(getattr(self.args, name)) for name in RECIPE}
-        self.settings["--data"] = f"{self.args.data and Path(self.args.data).resolve()}, {self.data.describe()}"
-        if self.args.teacher:
-            self.settings["--ckpt"] = f"{Path(self.args.ckpt).resolve()}, checksum {checksum(self.args.teacher):08x}"
-        self.diverged = []                       # the rates that may be lowered
+        settings = {name: getattr(self.args, name) for name in RECIPE}
+        settings["data"] = self.data.describe()
+        settings["ckpt"] = self.args.teacher and f"weights {checksum(self.args.teacher)}"
         if path.exists():
-            saved = read_json(path, "--model", "diverged")
-            self.diverged = saved["diverged"]
-            for flag in self.diverged:
-                if float(self.settings[flag]) < float(saved[flag]):
-                    saved[flag] = self.settings[flag]
-            refuse_changes(path, saved, self.settings)
-        write_json(path, self.settings | {"diverged": self.diverged})
-
-    def teacher(self):
-        """The teacher, in eval mode."""
-        return load_checkpoint(self.teacher_path, self.device)[0]
+            saved = read_json(path, *RATES)
+            for rate, stage in RATES.items():
+                if not (self.out / RESULTS[stage]).exists():
+                    saved[rate] = min(saved[rate], settings[rate])
+            refuse_changes(path, saved, settings)
+        write_json(path, settings)
 
     def batch_size(self, stage):
         """Images per step, in all processes together."""
@@ -2369,22 +2310,36 @@ class Run:
 
     def training(self, stage):
         """A stage's batches, and the arguments of `train` that all stages share; both from its saved state on."""
-        args = self.args
-        steps = getattr(args, f"{stage}_steps")
+        steps = getattr(self.args, f"{stage}_steps")
         size = self.batch_size(stage)
-        seed = args.seed + list(RESULTS).index(stage)
+        seed = self.args.seed + list(RESULTS).index(stage)
         state = TrainingState(self.out / f"{stage}-state.pt")
-        print(f"{stage}: {steps} steps of {size} images = {steps * size:,} images, "
-              f"{steps * size / len(self.data.labels):.1f} epochs" + f"; from step {state.step}" * (state.step > 0))
+        print(f"{stage}: from step {state.step} to {steps}, of {size} images each; "
+              f"{steps * size / len(self.data.labels):.1f} epochs in all")
         torch.manual_seed(seed)
-        batches = data_batches(self.data, size, seed, self.device, state.step, args.accumulate)
+        batches = data_batches(self.data, size, seed, self.device, state.step, self.args.accumulate)
         report = progress(stage, steps, self.out / "log.jsonl", first=state.step)
-        return batches, {"steps": steps, "seed": seed, "state": state, "accumulate": args.accumulate, "on_step": report}
+        return batches, {"steps": steps, "seed": seed, "state": state, "accumulate": self.args.accumulate,
+                         "on_step": report}
 
-    def save_model(self, path, model, **more):
+    def compiled(self, model):
+        """The model, its blocks compiled if --compile says so."""
+        if self.args.compile:
+            compile_blocks(model)
+        return model
+
+    def load(self, path):
+        """The model of a checkpoint, in eval mode."""
+        return load_checkpoint(path, self.device)[0]
+
+    def save(self, path, model, **more):
         """A stage's checkpoint."""
         classes = self.args.classes or self.data.classes
         save_checkpoint(path, model, self.args.objective, self.sampling, classes, **more)
+
+    def kept(self):
+        """The blocks that the learning stage has chosen."""
+        return read_json(self.out / RESULTS["learn"], "kept")["kept"]
 
     @functools.cached_property
     def examples(self):
@@ -2400,199 +2355,130 @@ class Run:
         else:
             look, accuracy = train_judge(self.data, self.device)
         if self.args.ref:
-            real = statistics_of(self.args.ref, look)
-            features = look(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))[0].shape[1]
-            if len(real["mu"]) != features:
-                raise UserError(f"--ref {self.args.ref} has {len(real['mu'])} features, --inception {features}")
-            return look, real, accuracy
+            return look, statistics_of(self.args.ref, look), accuracy
         return look, statistics([look(images) for images in self.data.images.split(256)]), accuracy
-
-    def conditions(self):
-        """What measured figures depend on besides the settings."""
-        names = ("samples", "sample_steps", "guidance", "inception", "ref", "vae")
-        return {name: getattr(self.args, name) for name in names}
 
     def branch(self, criterion, seed):
         """A run with the same teacher and another criterion and seed, in a sub-folder."""
         self.judge, self.examples                # computed once, for all branches
         other = copy.copy(self)
         other.args = argparse.Namespace(**vars(self.args) | {"criterion": criterion, "seed": seed})
-        other.out = self.out / "compare" / f"{criterion}-{seed}"
+        other.out = self.out / f"compare-{checksum(self.load(self.teacher_path))}" / f"{criterion}-{seed}"
         other.out.mkdir(parents=True, exist_ok=True)
         return other
-
-    def outcome(self):
-        """Run what is missing of a branch: its kept blocks, losses after pruning and recovery, and toy-FID, the latter
-        two infinite where recovery diverged."""
-        run_stage(self, "learn")
-        kept = read_json(self.out / RESULTS["learn"], "kept")["kept"]
-        pruned = calibration_loss(self.teacher(), self.diffusion, self.examples, kept)
-        try:
-            run_stage(self, "recover")
-        except Diverged:
-            return kept, pruned, math.inf, math.inf
-        run_stage(self, "measure")
-        row = read_json(self.out / RESULTS["measure"], "rows")["rows"]["student"]
-        return kept, pruned, row["loss"], row["fid"]
 
 
 def stage_teacher(run, path):
     """Train the teacher from scratch, or take that of --ckpt."""
     args = run.args
     if args.teacher:
-        run.save_model(path, args.teacher)
+        run.save(path, args.teacher)
         return
     batches, loop = run.training("teacher")
-    model = run.new_model().to(run.device)
+    model = run.compiled(run.new_model().to(run.device))
     if isinstance(model, DiT):
         nn.init.normal_(model.y_embedder.embedding_table.weight, std=args.label_std)
-    if args.compile:
-        compile_blocks(model)
 
     def loss(step):
         x0, y = next(batches)
         terms = run.diffusion.training_losses(model, x0, run.diffusion.sample_t(len(x0), run.device), y)
         return terms["loss"].mean(), {"mse": terms["mse"].mean()}
 
-    warmup = min(100, args.teacher_steps // 10)
-    run.save_model(path, train(model, loss, lr=args.teacher_lr, final_lr_ratio=0.0, warmup=warmup,
-                               ema_decay=args.ema_decay, **loop))
-
-
-def choose_blocks(run, teacher):
-    """The blocks of the teacher that --criterion keeps."""
-    criterion = run.args.criterion
-    torch.manual_seed(run.args.seed + 1)
-    if criterion in CRITERIA:
-        return CRITERIA[criterion](teacher, run.groups, run.diffusion, run.examples)
-    return [int(block) for block in criterion.split(",")]
+    run.save(path, train(model, loss, lr=args.teacher_lr, final_lr_ratio=0.0, warmup=min(100, args.teacher_steps // 10),
+                         ema_decay=args.ema_decay, **loop))
 
 
 def stage_learn(run, path):
-    """Learn which blocks of the teacher to keep, or choose them by another criterion: layers.json, decisions.png."""
+    """Choose the blocks of the teacher to keep: learn them, or take those of a criterion of Chapter 12, or those named.
+    Learning writes decisions.png too."""
     args = run.args
-    teacher = run.teacher()
+    teacher = run.load(run.teacher_path)
+    result = {}
     if args.criterion == "learned":
         batches, loop = run.training("learn")
-        sampler, history = learn_layers(
-            teacher, masked_denoising(run.diffusion, batches), run.groups, update=args.update, lr=args.learn_lr,
-            logits_lr=args.logits_lr, prepare=compile_blocks if args.compile else None, **loop)
-        result = {"kept": sampler.kept(), "confidence": sampler.confidence().tolist(), "history": history}
-        draw_decisions(run.out / "decisions.png", history, run.groups, result["kept"])
-        print("confidence of each group:", *(f"{c:.2f}" for c in result["confidence"]))
+        sampler, history = learn_layers(teacher, masked_denoising(run.diffusion, batches), run.groups, lr=args.learn_lr,
+                                        update=args.update, logits_lr=args.logits_lr, prepare=run.compiled, **loop)
+        kept = sampler.kept()
+        draw_decisions(run.out / "decisions.png", history, run.groups, kept)
+        result = {"confidence": sampler.confidence().tolist(), "history": history}
+    elif args.criterion in CRITERIA:
+        torch.manual_seed(args.seed + 1)
+        kept = CRITERIA[args.criterion](teacher, run.groups, run.diffusion, run.examples)
     else:
-        result = {"kept": choose_blocks(run, teacher)}
-    write_json(path, result)
-    print(f"kept blocks {result['kept']} of {len(teacher.blocks)}")
+        kept = [int(block) for block in args.criterion.split(",")]
+    prune(teacher, kept)                         # raises ValueError for blocks that are not there
+    write_json(path, {"kept": kept, **result})
+    print(f"kept blocks {kept} of {len(teacher.blocks)}")
 
 
 def stage_recover(run, path):
     """Prune the teacher and fine-tune the student with its help."""
     args = run.args
-    teacher = run.teacher()
-    kept = read_json(run.out / RESULTS["learn"], "kept")["kept"]
-    student = prune(teacher, kept)
-    if args.compile:
-        compile_blocks(teacher)
-        compile_blocks(student)
+    kept = run.kept()
+    teacher = run.compiled(run.load(run.teacher_path))
+    student = run.compiled(prune(teacher, kept))
     batches, loop = run.training("recover")
     student = recover(student, teacher, run.diffusion, batches, match_blocks(run.groups, kept, teacher.cuts),
                       kd=args.kd, beta=args.beta, lr=args.recover_lr, warmup=min(100, args.recover_steps // 10),
                       ema_decay=args.ema_decay, **loop)
-    run.save_model(path, student, kept=kept, groups=run.groups)
+    run.save(path, student, kept=kept)
 
 
 def stage_measure(run, path):
     """Compare teacher, pruned model and student: results.json and samples.png. A comparison needs the student alone."""
-    args, data = run.args, run.data
-    student, checkpoint = load_checkpoint(run.out / RESULTS["recover"], run.device)
-    models = {"student": student}
-    if not args.compare:
-        teacher = run.teacher()
-        models = {"teacher": teacher, "pruned": prune(teacher, checkpoint["kept"]), "student": student}
-    look, real, accuracy = run.judge
-    draw = functools.partial(sample_images, diffusion=run.diffusion, seed=args.seed, sampling=run.sampling,
+    data = run.data
+    models = {"student": run.load(run.out / RESULTS["recover"])}
+    if not run.args.compare:
+        teacher = run.load(run.teacher_path)
+        models = {"teacher": teacher, "pruned": prune(teacher, run.kept())} | models
+    draw = functools.partial(sample_images, diffusion=run.diffusion, seed=run.args.seed, sampling=run.sampling,
                              decode=run.decode)
-    labels = data.labels.sort().values                                       # every class in its share of the data
-    labels = labels[torch.linspace(0, len(labels) - 1, args.samples).long()]
-    size = 50 * world_size()
-    folder = run.out / f"measure-{zlib.crc32(str(run.conditions()).encode()):08x}"
+    by_class = data.labels.argsort(stable=True)
+    labels = data.labels[by_class[torch.linspace(0, len(by_class) - 1, run.args.samples).long()]]
+    look, real, accuracy = run.judge
+    folder = run.out / f"measure-{zlib.crc32(str(run.conditions).encode()):08x}-{checksum(models['student'])}"
     folder.mkdir(exist_ok=True)
-    report = progress("measure", math.ceil(args.samples / size), unit="batches")
-    rows, stats = measure(models, labels, draw, look, real, size, folder, report)
+    rows, stats = measure(models, labels, draw, look, real, folder)
     for name, model in models.items():
         rows[name]["loss"] = calibration_loss(model, run.diffusion, run.examples)
+        rows[name]["speed_up"] = rows[name]["images_per_second"] / next(iter(rows.values()))["images_per_second"]
         if accuracy is not None:
             rows[name]["accuracy"] = float((stats[name]["p"].argmax(1) == labels.numpy()).mean())
 
-    present = data.labels.unique()
-    shown = present[torch.arange(20) % len(present)]                         # 20 columns, of the classes in turn
-    index = []
-    for i, y in enumerate(shown):
-        of_class = (data.labels == y).nonzero().flatten()
-        index.append(of_class[i // len(present) % len(of_class)])
-    pictures = [("real images", run.decode(data.read(torch.stack(index)).to(run.device)).cpu())]
+    shown = by_class[torch.linspace(0, len(by_class) - 1, 20).long()]        # 20 columns, sorted by class
+    pictures = [("real images", run.decode(data.read(shown).to(run.device)).cpu())]
     for name, model in models.items():
-        pictures.append((f"{name}, {len(model.blocks)} blocks", draw(model, shown, range(20))))
-    draw_samples(run.out / "samples.png", pictures, [checkpoint["classes"][y] for y in shown])
-    write_json(path, {"rows": rows, "judge_accuracy": accuracy, "conditions": run.conditions()})
+        pictures.append((f"{name}, {len(model.blocks)} blocks", draw(model, data.labels[shown], range(20))))
+    draw_samples(run.out / "samples.png", pictures, [data.classes[y] for y in data.labels[shown]])
+    write_json(path, {"rows": rows, "judge_accuracy": accuracy, "conditions": run.conditions})
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def print_results(results):
-    """Print the content of results.json as a table, with the conditions of its figures."""
-    toy = results["judge_accuracy"] is not None
-    header = ["model", "depth", "parameters", "toy-FID" if toy else "FID", "precision", "recall",
-              "class acc." if toy else "IS", "images/s", "speed-up"]
-    rows = []
-    for name, row in results["rows"].items():
-        quality = f"{row['accuracy']:.1%}" if toy else f"{row['is']:.2f}"
-        speed_up = row["images_per_second"] / results["rows"]["teacher"]["images_per_second"]
-        rows.append([name, f"{row['depth']}", f"{row['parameters']:,}", f"{row['fid']:.2f}",
-                     f"{row.get('precision', math.nan):.3f}", f"{row.get('recall', math.nan):.3f}", quality,
-                     f"{row['images_per_second']:.1f}", f"{speed_up:.2f}x"])
-    print_table(header, rows)
-    print("\n" + ", ".join(f"{name} {value}" for name, value in results["conditions"].items() if value is not None))
-    if toy:
-        print(f"By a small classifier trained on this data, {results['judge_accuracy']:.1%} right on held-out images: "
-              "a toy-FID is no FID.")
 
 
 STAGES = {"teacher": stage_teacher, "learn": stage_learn, "recover": stage_recover, "measure": stage_measure}
 
 
-class Diverged(UserError):
-    """A stage's loss is not finite. The stage can go on with a lower learning rate."""
-
-
 def run_stage(run, stage):
-    """Run a stage unless its file is there. Raises UserError where --stages leaves it out, Diverged for its loss."""
+    """Run a stage unless its file is there. Raises UserError where --stages leaves it out."""
     path = run.out / RESULTS[stage]
     state = run.out / f"{stage}-state.pt"
-    finished = path.exists() and (stage != "measure" or read_json(path, "conditions")["conditions"] == run.conditions())
+    finished = path.exists()
+    if finished and stage == "measure":
+        finished = read_json(path, "conditions")["conditions"] == run.conditions
     if gather(finished)[0]:                      # every process looks before one of them writes
         print(f"{stage}: {path} is there and is used")
-        state.unlink(missing_ok=True)
-        return
-    if stage not in run.args.stages:
+    elif stage not in run.args.stages:
         raise UserError(f"{path} is missing, and --stages leaves {stage} out; add it")
-    for later in list(RESULTS)[list(RESULTS).index(stage) + 1:]:             # what depends on this stage is outdated
-        (run.out / RESULTS[later]).unlink(missing_ok=True)
-        (run.out / f"{later}-state.pt").unlink(missing_ok=True)
-        for folder in run.out.glob("measure-*"):
-            shutil.rmtree(folder, ignore_errors=True)
-    if stage == "teacher":
-        shutil.rmtree(run.out / "compare", ignore_errors=True)
-    try:
-        STAGES[stage](run, path)
-    except NonFiniteLoss as stop:
-        rates = ["--learn-lr", "--logits-lr"] if stage == "learn" else [f"--{stage}-lr"]
-        write_json(run.settings_path, run.settings | {"diverged": rates})
-        raise Diverged(f"{stage} stopped: {stop}; the same command with a lower {' or '.join(rates)} goes on from step "
-                       f"{TrainingState(state).step}, or, if you delete {state}, from the start of the stage") from None
+    else:
+        for later in list(RESULTS)[list(RESULTS).index(stage) + 1:]:         # what depends on this stage is outdated
+            (run.out / RESULTS[later]).unlink(missing_ok=True)
+            (run.out / f"{later}-state.pt").unlink(missing_ok=True)
+        try:
+            STAGES[stage](run, path)
+        except NonFiniteLoss as error:
+            rates = [f"--{rate.replace('_', '-')}" for rate, its_stage in RATES.items() if its_stage == stage]
+            raise NonFiniteLoss(f"{stage}: {error}; the same command with a lower {' or '.join(rates)} goes on from "
+                                f"step {TrainingState(state).step}") from None
     state.unlink(missing_ok=True)
-    if run.diverged:
-        write_json(run.settings_path, run.settings | {"diverged": []})
 
 
 def run_stages(run):
@@ -2604,8 +2490,22 @@ def run_stages(run):
     for stage in list(RESULTS)[:last + 1]:
         run_stage(run, stage)
     if stage == "measure":
-        print_results(read_json(run.out / RESULTS[stage], "rows", "judge_accuracy"))
+        print_results(read_json(run.out / RESULTS[stage], "rows", "judge_accuracy", "conditions"))
     print(f"\n{time.perf_counter() - start:.0f} s; results in {run.out}/")
+
+
+def print_results(results):
+    """Print the content of results.json as a table, with the conditions of its figures."""
+    toy = results["judge_accuracy"] is not None
+    names = {"fid": "toy-FID" if toy else "FID", "is": "IS", "images_per_second": "images/s", "speed_up": "speed-up"}
+    rows = []
+    for name, row in results["rows"].items():
+        rows.append([name] + [f"{value:,}" if isinstance(value, int) else f"{value:.4g}" for value in row.values()])
+    print_table(["model"] + [names.get(key, key) for key in row], rows)
+    print("\n" + ", ".join(f"{name} {value}" for name, value in results["conditions"].items() if value is not None))
+    if toy:
+        print(f"By a small classifier trained on this data, {results['judge_accuracy']:.1%} right on held-out images: "
+              "a toy-FID is no FID.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2728,45 +2628,52 @@ def every_choice(groups):
 
 def spread(values, digits):
     """Numbers in words: their mean and standard deviation."""
-    if not np.isfinite(values).all():
-        return "diverged"
     return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def outcome(run):
+    """Run what is missing of a `Run.branch`. Returns the kept blocks, the loss right after pruning, and the loss and
+    the toy-FID after recovery."""
+    for stage in ("learn", "recover", "measure"):
+        run_stage(run, stage)
+    pruned = calibration_loss(run.load(run.teacher_path), run.diffusion, run.examples, run.kept())
+    row = read_json(run.out / RESULTS["measure"], "rows")["rows"]["student"]
+    return run.kept(), pruned, row["loss"], row["fid"]
 
 
 def compare(run, every_mask=False, seeds=(0, 1, 2)):
     """The paper's Table 3 in miniature: what learning and the criteria choose, recovered with every seed. Each is a run
     of its own in a sub-folder, with the teacher of `run` (a Run, Chapter 11), so a comparison that was stopped goes on.
     With `every_mask`, all choices that the groups allow are recovered too, and the better ones are counted."""
-    names = ["learned", *CRITERIA]
     masks = [",".join(map(str, kept)) for kept in every_choice(run.groups)] if every_mask else []
-    report = progress("compare", len(names + masks), unit="choices")
+    choices = ["learned", *CRITERIA, *masks]
+    report = progress("compare", len(choices), unit="choices")
     found = {}                                   # {criterion: [kept, loss after pruning, after recovery, toy-FID]}
-    for number, name in enumerate(names + masks):
+    for number, name in enumerate(choices):
         try:
             with contextlib.redirect_stdout(None):           # the stages are not to print
-                found[name] = list(zip(*[run.branch(name, seed).outcome() for seed in seeds]))
-        except Diverged:
-            raise
-        except ValueError as error:              # the oracle keeps one block of every pair, whatever the groups
+                found[name] = list(zip(*[outcome(run.branch(name, seed)) for seed in seeds]))
+        except ValueError as error:              # the oracle keeps one block of every pair; a recovery diverged
             print(f"{name} is left out: {error}")
         report(number, {})
 
-    fids = [np.mean(found[mask][3]) for mask in masks]
-    rows = []
-    for name in found.keys() - set(masks):
-        kept, pruned, recovered, fid = found[name]
-        better = f"{sum(other < np.mean(fid) for other in fids)} of {len(masks)}" if masks else "-"
-        blocks = " ".join(map(str, kept[0]))
-        rows.append([name, blocks, spread(pruned, 3), spread(recovered, 4), spread(fid, 1), better])
-    print_table(["method", f"kept blocks (seed {seeds[0]})", "loss after pruning", "loss after recovery",
-                 "toy-FID after recovery", "better masks"], sorted(rows, key=lambda row: names.index(row[0])))
-    if masks:
-        correlation = scipy.stats.spearmanr([np.mean(found[mask][1]) for mask in masks], fids).statistic
-        print(f"\nSpearman's correlation of loss after pruning and toy-FID over {len(masks)} masks: {correlation:.2f}")
+    masks = [mask for mask in masks if mask in found]
+    fids = {name: np.mean(fid) for name, (_, _, _, fid) in found.items()}
     dots = {}                                    # methods that choose alike share a dot
-    for name, (_, pruned, _, fid) in found.items():
-        if np.isfinite(fid).all():               # what diverged has no place in the picture
-            dots.setdefault((np.mean(pruned), np.mean(fid)), []).extend([] if name in masks else [name])
+    rows = []
+    for name, (kept, pruned, recovered, fid) in found.items():
+        dot = dots.setdefault((np.mean(pruned), fids[name]), [])
+        if name not in masks:
+            dot.append(name)
+            better = sum(fids[mask] < fids[name] for mask in masks)
+            rows.append([name, " ".join(map(str, kept[0])), spread(pruned, 3), spread(recovered, 4), spread(fid, 1),
+                         f"{better} of {len(masks)}"])
+    print_table(["method", f"kept blocks (seed {seeds[0]})", "loss after pruning", "loss after recovery",
+                 "toy-FID after recovery", "better masks"], rows)
+    if masks:
+        losses = [np.mean(found[mask][1]) for mask in masks]
+        correlation = scipy.stats.spearmanr(losses, [fids[mask] for mask in masks]).statistic
+        print(f"\nSpearman's correlation of loss after pruning and toy-FID over {len(masks)} masks: {correlation:.2f}")
     if dots:
         draw_recoverability(run.out / "recoverability.png", dots)
 
@@ -2856,41 +2763,37 @@ def make_parser(preset):
 
 
 def parse_args(argv=None):
-    """Flags as a namespace, with the row of PRESETS and `teacher`, the model of --ckpt. Raises UserError for flags that
-    do not go together where silence would lose work or mislead."""
-    first = Parser(add_help=False, allow_abbrev=False)
-    first.add_argument("--model")
+    """Flags as a namespace, with the row of PRESETS, `teacher`, the model of --ckpt, and the names of its `classes`.
+    Raises UserError for flags that do not go together where silence would lose work or mislead."""
+    first = Parser(add_help=False, allow_abbrev=False)       # the model comes first: it gives the others their defaults
+    first.add_argument("--model", choices=PRESETS)
     first.add_argument("--ckpt")
-    first, _ = first.parse_known_args(argv)
-    name = first.model if first.model in PRESETS else "toy"
+    given, _ = first.parse_known_args(argv)
     teacher = None
-    content = {"classes": None}
-    if first.ckpt:
-        teacher, content = load_checkpoint(first.ckpt, name=first.model and name)
-        name = content["name"]
-    args = make_parser(PRESETS[name]).parse_args(argv)
-    args.model = name
+    content = {"name": given.model or "toy", "classes": None}
+    if given.ckpt:
+        teacher, content = load_checkpoint(given.ckpt, name=given.model)
+    args = make_parser(PRESETS[content["name"]]).parse_args(argv)
+    args.model = content["name"]
     args.teacher = teacher
-    args.classes = content["classes"]            # their names
-    args.stages = args.stages.split(",")
+    args.classes = content["classes"]
+    args.stages = list(RESULTS) if args.compare else args.stages.split(",")
+    args.image_size = args.image_size or (teacher.input_size if teacher else 256 if args.encode else 16)
+    args.out = args.out or f"runs/{Path(args.data).resolve().name if args.data else args.model.replace('/', '-')}"
     if not set(args.stages) <= set(RESULTS):
         raise UserError(f"--stages {','.join(args.stages)}: expected some of {','.join(RESULTS)}")
     if args.criterion not in ("learned", *CRITERIA) and not re.fullmatch(r"\d+(,\d+)*", args.criterion):
         raise UserError(f"--criterion {args.criterion}: expected learned, {', '.join(CRITERIA)}, or blocks as in 0,2,5")
-    args.image_size = args.image_size or (teacher.input_size if teacher else 256 if args.encode else 16)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (args.compare or args.encode or args.fid):
         raise UserError("--compare, --encode and --fid run in one process, without torchrun")
-    if args.encode and not (args.vae and args.out):
-        raise UserError("--encode goes with --vae NAME and --out, the folder to write to: ImageNet takes 42 GB")
+    if args.encode and not args.vae:
+        raise UserError("--encode goes with --vae NAME")
     if args.fid and not args.ref:
         raise UserError("--fid goes with --ref")
     if args.ref and not (args.inception or args.fid):
         raise UserError("--ref goes with --inception: toy-FID compares with the data")
-    if args.compare:
-        args.stages = list(RESULTS)
-    if args.inception and not (args.fid or args.compare or "measure" in args.stages):
+    if args.inception and not (args.fid or "measure" in args.stages):
         raise UserError("--inception is for stage measure, which does not run here: leave it out")
-    args.out = args.out or f"runs/{Path(args.data).resolve().name if args.data else name.replace('/', '-')}"
     return args
 
 
@@ -2910,10 +2813,7 @@ def guarded(prog, body):
     try:
         body()
         return 0
-    except (MemoryError, RuntimeError) as error:
-        known = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-        if not known:
-            raise
+    except (MemoryError, torch.OutOfMemoryError):
         words = "out of memory; try --accumulate 2 or a smaller batch"
     except (ValueError, OSError) as error:       # the functions above say in a ValueError what is wrong with input
         words = " ".join(str(error).split())
@@ -2927,9 +2827,8 @@ def guarded(prog, body):
 def run(args):
     """Do what the flags say."""
     if args.encode:
-        vae = VAE(args.vae, pick_device(args.device))
-        settings = {"--vae": args.vae, "--image-size": args.image_size}
-        encode_images(args.encode, args.image_size, vae, Path(args.out), settings)
+        encode_images(args.encode, args.image_size, VAE(args.vae, pick_device(args.device)), Path(args.out),
+                      {"vae": args.vae, "image_size": args.image_size})
     elif args.fid:
         run_fid(args)
     elif args.compare:
