@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import inspect
 import io
 import json
 import math
@@ -29,6 +30,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.checkpoint import checkpoint
 
 import sample
 import tinyfusion as tf
@@ -69,6 +71,18 @@ def dense_forward(blocks, x, mask, *args):
         m = mask[:, i].view(-1, *[1] * (x.dim() - 1))
         x = m * block(x, *args) + (1 - m) * x
     return x
+
+
+def dense_blocks(model, mask, lists, streams):
+    """The same for a model that is not ours, whose blocks are called with these streams, by name or the first one."""
+    for block, m in zip(model.get_submodule(lists), mask.unbind(1)):
+        def forward(*args, call=block.forward, m=m.view(-1, 1, 1), **kwargs):
+            given = inspect.signature(call).bind(*args, **kwargs).arguments
+            out = call(*args, **kwargs)
+            if not streams:
+                return m * out + (1 - m) * next(iter(given.values()))
+            return tuple(m * part + (1 - m) * given[name] for name, part in zip(streams, out))
+        block.forward = forward
 
 
 class Formulas:
@@ -206,8 +220,10 @@ class Heart(unittest.TestCase):
         block = tf.DiTBlock(8, 2).bfloat16()
         out, _ = tf.masked_forward([block] * 3, x.bfloat16(), c.bfloat16(), mask=mask.requires_grad_())
         self.assertEqual(out.dtype, torch.bfloat16)
-        for wrong, arg in ((mask[:1], c), (mask[:, :2], c), (mask, c[:1]), (mask, torch.tensor(1.0))):
-            self.assertRaisesRegex(ValueError, "expected", tf.masked_forward, [block] * 3, x, arg, mask=wrong)
+        shared, _ = tf.masked_forward([block.float()] * 3, x, c[:1], mask=mask)              # one for all examples
+        close(shared, tf.masked_forward([block] * 3, x, c[:1].expand(2, -1), mask=mask)[0])
+        for wrong in (mask[:1], mask[:, :2]):
+            self.assertRaisesRegex(ValueError, "expected", tf.masked_forward, [block] * 3, x, c, mask=wrong)
 
     def test_groups_that_fit_are_parsed_and_others_refused_with_the_reason(self):
         self.assertEqual(tf.parse_groups("1:2", 6), [(1, 2)] * 3)
@@ -225,7 +241,8 @@ class Heart(unittest.TestCase):
         self.assertTrue(torch.equal(before, model(*inputs)))
         self.assertEqual(len(added), 2 * len(linear))
         self.assertEqual({id(p) for p in model.parameters() if p.requires_grad}, {id(p) for p in added})
-        self.assertEqual(tf.add_lora(model), [], "LoRA does not wrap itself")
+        self.assertRaisesRegex(ValueError, "wrapped already", tf.add_lora, model)            # LoRA does not wrap itself
+        self.assertRaisesRegex(ValueError, "no linear layer", tf.add_lora, nn.Conv2d(1, 1, 1))
         share = sum(p.numel() for p in tf.add_lora(tf.unallocated(tf.DiT))) / 675_129_632
         self.assertTrue(0.0085 < share < 0.0095, share)
 
@@ -310,6 +327,173 @@ class Heart(unittest.TestCase):
         self.assertEqual((len(teacher.encoder.layers), len(student.encoder.layers)), (6, 3))
         self.assertGreater(min(right), 0.9, right)
         self.assertGreater(right[1], before)
+
+
+class TwoStreams(nn.Module):
+    """Called as a block of Flux or SD3 is: keywords, a table that all examples share, per-example tensors in a dict, a
+    tuple of two streams as its output, the first None in the last block."""
+
+    def __init__(self, last):
+        super().__init__()
+        self.mix, self.last, self.place = nn.Linear(6, 12), last, "read by the model"
+
+    def forward(self, x, *, context, table, more):
+        out = self.mix(torch.cat([x + table, context + more["shift"][0]], -1)).tanh()
+        return None if self.last else context + out[..., 3:6], x + out[..., :3] + out[..., 6:9] * out[..., 9:]
+
+
+class Foreign(nn.Module):
+    """A model of such blocks, whose forward pass knows nothing of masks; `checkpoint` recomputes its blocks."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stack = nn.Sequential(*[TwoStreams(last=i == 3) for i in range(4)]).double()
+        self.table, self.checkpoint = torch.randn(5, 3).double(), False
+
+    def forward(self, x, context, shift):
+        for block in self.stack:
+            assert block.place == "read by the model"
+            call = functools.partial(checkpoint, block, use_reentrant=False) if self.checkpoint else block
+            context, x = call(x, context=context, table=self.table, more={"shift": (shift,)})
+        return x
+
+    def dense(self, mask, x, context, shift):
+        """The definition, for both streams."""
+        for i, block in enumerate(self.stack):
+            m = mask[:, i].view(-1, 1, 1)
+            c, out = block(x, context=context, table=self.table, more={"shift": (shift,)})
+            context, x = None if c is None else m * c + (1 - m) * context, m * out + (1 - m) * x
+        return x
+
+
+class Elsewhere(unittest.TestCase):
+    """Chapters 3 and 4 on models that are not ours."""
+
+    STREAMS = {"lists": "stack", "streams": ("context", "x")}
+
+    def setUp(self):
+        self.model = Foreign()
+        self.inputs = [torch.randn(6, 5, 3).double() for _ in range(2)] + [torch.randn(6, 1, 3).double()]
+        self.mask = torch.randint(0, 2, (6, 4)).double()
+        self.mask[0], self.mask[1], self.mask[:, 2] = 1, 0, 0    # all kept; all dropped; a block nobody keeps
+
+    def gradients(self, run, model):
+        mask, inputs = self.mask.clone().requires_grad_(), [x.clone().requires_grad_() for x in self.inputs]
+        out = run(mask, *inputs)
+        return [out, *torch.autograd.grad(out.sin().sum(), [mask, *inputs, *model.parameters()], materialize_grads=True)]
+
+    def masked(self, mask, *inputs):
+        tf.set_mask(self.model, mask, **self.STREAMS)
+        return self.model(*inputs)
+
+    def test_a_model_that_knows_nothing_of_masks_has_the_values_and_gradients_of_the_dense_formula(self):
+        before, names = self.model(*self.inputs), list(self.model.state_dict())
+        dense = self.gradients(self.model.dense, self.model)
+        for self.model.checkpoint in (False, True):
+            close(self.gradients(self.masked, self.model), dense, rtol=1e-12, atol=1e-13)
+        self.assertEqual(list(self.model.state_dict()), names)
+        out = self.masked(torch.tensor([[1.0, 0, 0, 1]] * 6), *self.inputs)  # nobody keeps 1 and 2, and nothing learns
+        tf.set_mask(self.model, None, "stack")
+        close(out, tf.prune(self.model, [0, 3], "stack")(*self.inputs))
+        self.assertTrue(torch.equal(self.model(*self.inputs), before))
+        self.assertFalse(any("forward" in vars(block) for block in self.model.stack))
+
+    def test_a_mask_put_on_over_a_forward_replaced_by_somebody_else_gives_that_back(self):
+        block = self.model.stack[0]
+        block.forward = theirs = functools.partial(block.forward)
+        self.masked(self.mask, *self.inputs)
+        self.masked(self.mask, *self.inputs)
+        tf.set_mask(self.model, None, "stack")
+        self.assertIs(block.forward, theirs)
+
+    def test_masks_streams_and_caches_that_do_not_fit_are_refused(self):
+        for mask in (self.mask[:, :3], self.mask[0]):
+            self.assertRaisesRegex(ValueError, "4 blocks", tf.set_mask, self.model, mask, "stack")
+        self.assertRaisesRegex(ValueError, "expected 5 examples", self.masked, self.mask[:5], *self.inputs)
+        self.STREAMS = {"lists": "stack", "streams": ("nonsense",)}
+        self.assertRaisesRegex(ValueError, "nonsense", self.masked, self.mask, *self.inputs)
+
+        class Cached(nn.Linear):
+            def forward(self, x, past_key_values=None):
+                return super().forward(x)
+        model = nn.ModuleDict({"blocks": nn.ModuleList([Cached(3, 3)])})
+        tf.set_mask(model, torch.ones(2, 1))
+        model["blocks"][0](torch.ones(2, 3))
+        self.assertRaisesRegex(ValueError, "use_cache=False", model["blocks"][0], torch.ones(2, 3), past_key_values=[])
+
+    def test_layers_are_learned_by_an_ordinary_loss_and_a_loss_without_the_mask_is_refused(self):
+        target = self.model.dense(torch.tensor([[1.0, 0, 1, 1]] * 6).double(), *self.inputs).detach()
+
+        def loss_fn(model, sample_mask):
+            tf.set_mask(model, sample_mask(6), **self.STREAMS)
+            return F.mse_loss(model(*self.inputs), target)
+        sampler, _ = tf.learn_layers(self.model, loss_fn, [(3, 4)], 60, update="frozen", logits_lr=3e-3)
+        self.assertEqual(sampler.kept(), [0, 2, 3])
+        self.assertRaisesRegex(ValueError, "does not depend on the mask", tf.learn_layers, self.model,
+                               lambda model, sample_mask: F.mse_loss(model(*self.inputs), target), [(3, 4)], 5)
+
+    def test_a_pruned_list_keeps_its_type_and_the_places_in_it_are_numbered_anew(self):
+        for i, block in enumerate(self.model.stack):
+            block.mix.layer_idx = i
+        self.model.stack[1].mix.layer_idx = 77   # means something else
+        pruned = tf.prune(self.model, [1, 3], "stack")
+        self.assertIsInstance(pruned.stack, nn.Sequential)
+        self.assertEqual([block.mix.layer_idx for block in pruned.stack], [77, 1])
+        self.assertEqual(list(pruned.state_dict()), [f"stack.{i}.mix.{name}" for i in (0, 1) for name in ("weight", "bias")])
+
+    def test_lora_wraps_the_transposed_linear_layers_of_transformers_and_says_what_it_wrapped(self):
+        class Conv1D(nn.Module):                 # as in transformers
+            def __init__(self, nf, nx):
+                super().__init__()
+                self.nf, self.weight, self.bias = nf, nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.randn(nf))
+
+            def forward(self, x):
+                return x @ self.weight + self.bias
+        model, x = nn.Sequential(Conv1D(5, 3), nn.Sequential(nn.Linear(5, 2))), torch.randn(4, 3)
+        before = model(x)
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            added = tf.add_lora(model, rank=2, alpha=6, verbose=True)
+        self.assertEqual(said.getvalue(), "LoRA: 0\nLoRA: 1.0\n")
+        self.assertTrue(torch.equal(model(x), before))
+        self.assertEqual([tuple(p.shape) for p in added], [(2, 3), (5, 2), (2, 5), (2, 2)])
+        nn.init.normal_(added[1])
+        close(model[0](x), x @ (model[0].base.weight + 3 * (added[1] @ added[0]).T) + model[0].bias)
+        close(model[0].weight, model[0].base.weight + 3 * (added[1] @ added[0]).T)
+
+    def test_models_of_diffusers_and_timm_have_the_gradients_of_the_dense_formula(self):
+        try:
+            import diffusers
+            import timm
+        except ImportError:
+            self.skipTest("needs pip install diffusers timm")
+        x, y = torch.randn(6, 4, 8, 8).double(), torch.randint(0, 10, (6,))
+        flux = {"hidden_states": torch.randn(6, 9, 4).double(), "encoder_hidden_states": torch.randn(6, 5, 12).double(),
+                "pooled_projections": torch.randn(6, 8).double(), "timestep": torch.rand(6).double(),
+                "img_ids": torch.randn(9, 3), "txt_ids": torch.zeros(5, 3)}
+        two = ("encoder_hidden_states", "hidden_states")
+        for model, call, lists, streams in (
+                (diffusers.DiTTransformer2DModel(2, 8, 4, num_layers=4, sample_size=8, num_embeds_ada_norm=10),
+                 lambda model: model(x, y, y).sample, "transformer_blocks", ()),
+                (diffusers.FluxTransformer2DModel(
+                    in_channels=4, num_layers=4, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+                    joint_attention_dim=12, pooled_projection_dim=8, axes_dims_rope=(4, 4, 8)),
+                 lambda model: model(**flux).sample, "transformer_blocks", two),
+                (timm.create_model("vit_tiny_patch16_224", depth=4, img_size=8, patch_size=4, embed_dim=16, num_heads=2,
+                                   in_chans=4), lambda model: model(x), "blocks", ())):
+            model = lively(model).double()
+            results = []
+            for put_on in (tf.set_mask, dense_blocks):
+                mask, one = self.mask.clone().requires_grad_(), copy.deepcopy(model)
+                put_on(one, mask, lists, streams)
+                out, weights = call(one), [p for p in one.parameters() if p.requires_grad]
+                results.append([out, *torch.autograd.grad(out.sin().sum(), [mask, *weights], materialize_grads=True,
+                                                          allow_unused=True)])
+            close(*results, rtol=1e-10, atol=1e-12)
+            tf.set_mask(model, torch.tensor([[1.0, 0, 0, 1]] * 6), lists, streams)
+            out = call(model)
+            tf.set_mask(model, None, lists)
+            close(out, call(tf.prune(model, [0, 3], lists)))
 
 
 class Recovery(unittest.TestCase):
@@ -418,6 +602,14 @@ class Model(unittest.TestCase):
         self.assertEqual({name: tuple(value.shape) for name, value in state.items()}, expected)
         for build, sizes in ((tiny_dit, {"input_size": 9}), (tiny_dit, {"num_heads": 3}), (tiny_mar, {"num_heads": 3})):
             self.assertRaisesRegex(ValueError, "multiple", build, **sizes)
+
+    def test_models_run_with_weights_in_bfloat16(self):
+        for model, objective in ((tiny_dit(), tf.GaussianDiffusion()), (tiny_mar(), tf.MaskedAutoregression(16))):
+            x0, y, t = torch.randn(3, 1, 8, 8), torch.tensor([0, 1, 2]), objective.sample_t(3)
+            x_t = objective.q_sample(x0, t, tf.noise_for(x0, t))
+            rough, exact = copy.deepcopy(model).bfloat16()(x_t.bfloat16(), t, y), model(x_t, t, y)
+            self.assertEqual(rough.dtype, torch.bfloat16)
+            self.assertLess((rough - exact).norm() / exact.norm(), 0.05)
 
     def test_a_new_model_predicts_zero_and_its_blocks_are_the_identity(self):
         dit, mar = tf.DiT(**SMALL, patch_size=4, depth=2), tf.MAR_models["MAR-toy"](**SMALL | {"hidden_size": 64})

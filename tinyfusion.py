@@ -51,6 +51,7 @@ import concurrent.futures
 import contextlib
 import copy
 import functools
+import inspect
 import itertools
 import json
 import math
@@ -73,6 +74,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.utils._pytree import tree_map
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,7 +104,8 @@ class TimestepEmbedder(nn.Module):
         half = self.frequency_embedding_size // 2
         frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
         angles = t[:, None].float() * frequencies                            # (B, 128)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))      # (B, D), cosines first
+        waves = torch.cat([angles.cos(), angles.sin()], dim=1)               # (B, 256), in float32
+        return self.mlp(waves.to(self.mlp[0].weight.dtype))                  # (B, D)
 
 
 class LabelEmbedder(nn.Module):
@@ -541,50 +544,63 @@ def masked_forward(blocks, x, *args, mask=None, hidden=()):
     without a graph, and not at all backward.
 
     blocks: any sequence of modules that map (B, ...) to (B, ...), each example by itself; args: further arguments of
-    every block, tensors (B, ...) or anything else; mask (B, L) of zeros and ones (above and below one half), or None to
-    run all. Returns x and the list of outputs of the blocks whose numbers are in `hidden`, in depth order.
-    A block that no example keeps gets no gradient (None) where the formula gives zeros. Raises ValueError where mask is
-    not (B, L) or a tensor in args is not (B, ...).
+    every block, as in `rows_of`; mask (B, L) of zeros and ones (above and below one half), or None to run all. Returns
+    x and the list of outputs of the blocks whose numbers are in `hidden`, in depth order. A block that no example keeps
+    gets no gradient (None) where the formula gives zeros. Raises ValueError where mask is not (B, L).
     Source: the paper's differentiable layer sampling; the skip is ours.
     """
     if mask is not None:
         if mask.shape != (len(x), len(blocks)):
             raise ValueError(f"mask is {tuple(mask.shape)}, expected (examples, blocks) = {(len(x), len(blocks))}")
-        if any(torch.is_tensor(a) and a.shape[:1] != x.shape[:1] for a in args):
-            raise ValueError(f"expected tensors of {len(x)} rows, one per example, as further arguments of the blocks")
-        keep = mask.detach() > 0.5
-        rows = keep.byte().argsort(dim=0, descending=True, stable=True)      # (B, L): a block's kept examples first
-        counts = keep.sum(0).tolist()            # the only wait for a GPU in this call: not one per block
+        rows = kept_and_dropped(mask)
     features = []
     for i, block in enumerate(blocks):
         if mask is None:
             x = block(x, *args)
         else:
-            kept, dropped = rows[:, i].split([counts[i], len(x) - counts[i]])
-            x = masked_block(block, x, args, mask[:, i], kept, dropped)
+            inputs = (x, *args)
+            (x,) = masked_block(lambda part: (block(*rows_of(inputs, part, len(mask))),), (x,), mask[:, i], *rows[i])
         if i in hidden:
             features.append(x)
     return x, features
 
 
-def masked_block(block, x, args, m, kept, dropped):
-    """One block of `masked_forward`: x (B, ...) to (B, ...). m (B,) is the block's column of the mask; kept and dropped
-    are the indices of the examples that keep and drop the block, together all of 0 ... B - 1."""
-    def run(rows):
-        return block(x.index_select(0, rows), *(a.index_select(0, rows) if torch.is_tensor(a) else a for a in args))
+def kept_and_dropped(mask):
+    """For each block of mask (B, L) the indices of the examples that keep it, and of those that drop it: L pairs."""
+    keep = mask.detach() > 0.5
+    rows = keep.byte().argsort(dim=0, descending=True, stable=True)          # (B, L): a block's kept examples first
+    counts = keep.sum(0).tolist()                # the only wait for a GPU: not one per block
+    return [rows[:, i].split([count, len(mask) - count]) for i, count in enumerate(counts)]
 
-    out = x
-    if len(kept):
-        out = x.index_copy(0, kept, run(kept).to(x.dtype))                   # (B, T, D); autocast may change the type
+
+def rows_of(arguments, rows, B):
+    """The arguments of a block for the examples number `rows` alone. Tensors (B, ...), also inside tuples, lists and
+    dicts, are per example; everything else is shared by all examples and stays whole."""
+    def pick(value):
+        per_example = torch.is_tensor(value) and value.shape[:1] == (B,)
+        return value.index_select(0, rows) if per_example else value
+    return tree_map(pick, arguments)
+
+
+def masked_block(run, streams, m, kept, dropped):
+    """One block under its mask: a tuple of inputs (B, ...), of most blocks just one, to a list of outputs (B, ...).
+
+    run(rows) returns a tuple of the block's outputs for these examples alone; where it has None for an output, that
+    input passes. m (B,) is the block's column of the mask, kept and dropped as in `kept_and_dropped`."""
+    def through(inputs, rows):                   # the inputs, replaced by the block's outputs in these rows
+        if not len(rows):
+            return inputs
+        return [x if out is None else x.index_copy(0, rows, out.to(x.dtype))             # autocast may change the type
+                for x, out in zip(inputs, run(rows), strict=True)]
+
+    outs = through(streams, kept)
     if not (m.requires_grad and torch.is_grad_enabled()):
-        return out
-    change = (out - x).detach()                  # block(x) - x; only the kept rows are filled so far
-    if len(dropped):
-        with torch.no_grad():                    # the dropped rows need no graph
-            change.index_copy_(0, dropped, (run(dropped) - x.index_select(0, dropped)).to(x.dtype))
-    m = m.view(-1, *[1] * (x.dim() - 1))                                     # (B, 1, 1)
-    # Adds exactly 0 if change is finite, and gives m its gradient: the sum of dL/dx_out * change.
-    return out + (m - m.detach()).to(x.dtype) * change
+        return outs
+    with torch.no_grad():                        # the dropped rows need no graph
+        changes = [out - x for x, out in zip(streams, through(outs, dropped))]           # block(x) - x, in all rows
+    # Adds exactly 0 if the change is finite, and gives m its gradient: the sum of dL/dx_out * change.
+    zero = m - m.detach()
+    return [out + zero.view(-1, *[1] * (out.dim() - 1)).to(out.dtype) * change for out, change in zip(outs, changes)]
 
 
 def check_group(n, m):
@@ -660,6 +676,11 @@ class LayerSampler(nn.Module):
 # `prune` applies the likeliest mask to the original weights.
 # ---------------------------------------------------------------------------------------------------------------------
 
+def is_linear(module):
+    """nn.Linear, or Conv1D of transformers, a linear layer with weight (in, out) and its out as the attribute `nf`."""
+    return isinstance(module, nn.Linear) or (hasattr(module, "nf") and module.weight.shape[-1] == module.nf)
+
+
 class LoRALinear(nn.Module):
     """A frozen linear layer with a trainable low-rank update: y = W x + b + (alpha / rank) lora_B lora_A x.
 
@@ -670,9 +691,14 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base = base.requires_grad_(False)
         self.scaling = alpha / rank
-        self.lora_A = nn.Parameter(base.weight.new_empty(rank, base.in_features))
-        self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
+        W = self.matrix(base.weight)                                         # (out, in)
+        self.lora_A = nn.Parameter(W.new_empty(rank, W.shape[1]))
+        self.lora_B = nn.Parameter(W.new_zeros(W.shape[0], rank))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def matrix(self, weight):
+        """A weight of the wrapped layer's shape, as (out, in), and back."""
+        return weight if isinstance(self.base, nn.Linear) else weight.T
 
     def forward(self, x):
         return self.base(x) + F.linear(F.linear(x, self.lora_A) * self.scaling, self.lora_B)
@@ -680,25 +706,30 @@ class LoRALinear(nn.Module):
     @property
     def weight(self):
         """W + (alpha / rank) lora_B lora_A, for modules that read it, as nn.MultiheadAttention reads its out_proj's."""
-        return self.base.weight + self.scaling * self.lora_B @ self.lora_A
+        return self.base.weight + self.matrix(self.scaling * self.lora_B @ self.lora_A)
 
     @property
     def bias(self):
         return self.base.bias
 
 
-def add_lora(model, rank=8, alpha=16.0):
-    """Freeze `model`, wrap every nn.Linear inside it with a LoRALinear, in place, and return the new parameters, now
-    the only trainable ones. (nn.MultiheadAttention has no nn.Linear for q, k, v: they stay frozen. A second call wraps
-    nothing.) Source: arXiv:2106.09685, on every linear layer as in the TinyFusion paper."""
+def add_lora(model, rank=8, alpha=16.0, verbose=False):
+    """Freeze `model`, wrap every linear layer inside it with a LoRALinear, in place, and return the new parameters, now
+    the only trainable ones; `verbose` prints the layers' names. (nn.MultiheadAttention has no linear layer for q, k, v:
+    they stay frozen.) Raises ValueError for a model without linear layers, or with all of them wrapped already.
+    Source: arXiv:2106.09685, on every linear layer as in the TinyFusion paper."""
     model.requires_grad_(False)
     added = []
-    for module in list(model.modules()):
+    for path, module in list(model.named_modules()):
         for name, child in module.named_children():
-            if isinstance(child, nn.Linear) and not isinstance(module, LoRALinear):
+            if is_linear(child) and not isinstance(module, LoRALinear):
                 wrapped = LoRALinear(child, rank, alpha)
                 setattr(module, name, wrapped)
                 added += [wrapped.lora_A, wrapped.lora_B]
+                if verbose:
+                    print("LoRA:", f"{path}.{name}".lstrip("."))
+    if not added:
+        raise ValueError("add_lora found no linear layer to wrap: is the model wrapped already, or of other layers?")
     return added
 
 
@@ -707,15 +738,15 @@ def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=
     """Learn which blocks to keep: optimise the logits of a LayerSampler together with a weight update.
 
     loss_fn(model, sample_mask) draws a batch, calls `mask = sample_mask(batch_size)` for its masks (B, L), and returns
-    the masked model's loss, a scalar. `update` is "lora", "full" (all weights train) or "frozen" (none do): the rows of
-    the paper's Table 4. tau falls linearly from tau[0] to tau[1]: from a quiet gradient to a truer one. Defaults are
-    the paper's for DiT-XL, but no average of the weights is kept, since dPhi is thrown away.
+    the masked model's loss, a scalar; a model whose forward pass takes no mask gets it by `set_mask`. `update` is
+    "lora", "full" (all weights train) or "frozen" (none do): the rows of the paper's Table 4. tau falls linearly from
+    tau[0] to tau[1]: from a quiet gradient to a truer one. Defaults are the paper's for DiT-XL, but no average of the
+    weights is kept, since dPhi is thrown away.
 
-    Works on a copy; `model` stays as it is. prepare(copy), if given, is called before the first step, for example to
-    compile its blocks. on_step and loop (`seed`, `state` ...) are those of `train` in Chapter 9. Returns the sampler
-    and its history, a list of (step, keep_probability). Raises ValueError for an unknown update or a model without
-    trainable weights. Source: the paper's joint optimisation of mask and recoverability.
-    """
+    Works on a copy; `model` stays as it is. prepare(copy) is called before the first step, for example to compile its
+    blocks. on_step and loop (`seed`, `state` ...) are those of `train` in Chapter 9. Returns the sampler and its
+    history, a list of (step, keep_probability). Raises ValueError for an unknown update, a model without trainable
+    weights, or a loss that does not depend on the mask. Source: the paper's joint optimisation of mask and weights."""
     if update not in ("lora", "full", "frozen"):
         raise ValueError(f"update {update!r}: expected lora, full or frozen")
     model = copy.deepcopy(model).train()
@@ -730,21 +761,27 @@ def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=
         prepare(model)
     sampler = LayerSampler(groups).to(next(model.parameters()).device)
     history = [(0, sampler.keep_probability(scale).tolist())]
-    every = max(1, steps // 200)
+    arrived = []                                 # a sign of every gradient that has reached a mask
 
     def loss(step):
         now = tau[0] + (tau[1] - tau[0]) * step / max(1, steps - 1)
-        return loss_fn(model, lambda batch_size: sampler(batch_size, now, scale)), {"tau": now}
+
+        def sample_mask(batch_size):
+            mask = sampler(batch_size, now, scale)
+            mask.register_hook(lambda gradient: arrived.append(True))
+            return mask
+
+        return loss_fn(model, sample_mask), {"tau": now}
 
     def after(step, metrics):
-        if (step + 1) % every == 0 or step + 1 == steps:
+        if not arrived:
+            raise ValueError("the loss does not depend on the mask: call sample_mask in loss_fn and use what it gives")
+        if (step + 1) % max(1, steps // 200) == 0 or step + 1 == steps:
             history.append((step + 1, sampler.keep_probability(scale).tolist()))
         if on_step:
             on_step(step, metrics | {"confidence": sampler.confidence(scale).mean()})
 
-    params = [{"params": list(sampler.parameters()), "lr": logits_lr}]
-    if weights:
-        params.append({"params": weights, "lr": lr})
+    params = [{"params": list(sampler.parameters()), "lr": logits_lr}, {"params": weights, "lr": lr}]
     train(model, loss, steps, params=params, on_step=after, record=history, **loop)
     return sampler, history
 
@@ -760,26 +797,89 @@ def masked_denoising(diffusion, batches):
     return loss_fn
 
 
+def blocks_of(model, lists=None):
+    """[(name, ModuleList or Sequential), ...] of the block lists of a model: those named, such as "encoder.layers" or
+    ["a", "b"], else model.block_lists, else "blocks". Several lists have one numbering of blocks through all of them.
+    Raises AttributeError for a name that the model does not have."""
+    lists = lists or getattr(model, "block_lists", "blocks")
+    return [(name, model.get_submodule(name)) for name in ([lists] if isinstance(lists, str) else lists)]
+
+
 def prune(model, kept, lists=None):
     """A shallower copy of `model`: only the blocks numbered in `kept`, everything else the same, weights untouched.
 
-    lists: names of the ModuleLists that hold the blocks, such as "encoder.layers", with one numbering through all of
-    them; without it model.block_lists, or "blocks". Raises ValueError unless `kept` is ascending and within the depth.
+    lists as in `blocks_of`. An attribute `layer_idx` inside a block, by which a transformer finds its place in a cache
+    of keys and values, is renumbered where it was the block's place in its list. Your job: a depth in a configuration
+    (config.num_layers), attention that is scaled by layer_idx, and parts of the model that read a certain block, as the
+    head of diffusers' DiT reads block 0's embedding. Raises ValueError unless `kept` is ascending and within the depth.
     Source: the paper; dPhi is not in the result."""
-    lists = lists or getattr(model, "block_lists", ("blocks",))
     kept = [int(i) for i in kept]
-    depth = sum(len(model.get_submodule(name)) for name in lists)
+    depth = sum(len(blocks) for _, blocks in blocks_of(model, lists))
     if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= depth:
         raise ValueError(f"kept blocks {kept}: expected different numbers from 0 to {depth - 1}, ascending")
     pruned = copy.deepcopy(model)
     first = 0                                    # the number of a list's first block
-    for name in lists:
-        blocks = pruned.get_submodule(name)
-        left = nn.ModuleList([block for i, block in enumerate(blocks, first) if i in kept])
-        owner, _, attribute = name.rpartition(".")           # an owner of "" is the model itself
-        setattr(pruned.get_submodule(owner), attribute, left)
+    for _, blocks in blocks_of(pruned, lists):
+        places = [i - first for i in kept if 0 <= i - first < len(blocks)]   # the old places of this list's blocks
         first += len(blocks)
+        for place in reversed(range(len(blocks))):
+            if place not in places:
+                del blocks[place]                # the list numbers the others anew
+        for place, (old, block) in enumerate(zip(places, blocks)):
+            for module in block.modules():
+                if getattr(module, "layer_idx", None) == old:
+                    module.layer_idx = place
     return pruned
+
+
+def set_mask(model, mask, lists=None, streams=()):
+    """Run a model that is not ours under a mask (B, L), in place, without touching its code, until the next call; mask
+    None takes it off again. The model is then called as ever, on B examples.
+
+    lists as in `blocks_of`. A block may take positional and keyword arguments, per example or shared (`rows_of`): take
+    a batch size that is no shared tensor's first dimension, such as the number of tokens. streams: the names of the
+    arguments that run through the blocks, in the order in which a block returns them, such as ("encoder_hidden_states",
+    "hidden_states") for Flux and SD3; by default the first argument. Caches of keys and values (use_cache=True) are not
+    supported; activation checkpointing is, with use_reentrant=False. Raises ValueError for a mask that does not fit.
+
+    Names, modules and state_dict stay as they are: only the blocks' `forward` is replaced."""
+    blocks = [block for _, blocks in blocks_of(model, lists) for block in blocks]
+    for block in blocks:
+        before = vars(block).get("forward")
+        if getattr(before, "func", None) is forward_masked:                  # the mask set before
+            del block.forward
+            if block.forward != before.args[0]:  # it was replaced earlier by somebody else, accelerate for example
+                block.forward = before.args[0]
+    if mask is None:
+        return
+    if mask.dim() != 2 or mask.shape[1] != len(blocks):
+        raise ValueError(f"mask is {tuple(mask.shape)}, expected (examples, {len(blocks)} blocks)")
+    for block, m, rows in zip(blocks, mask.unbind(1), kept_and_dropped(mask)):
+        block.forward = functools.partial(forward_masked, block.forward, streams, m, *rows)
+
+
+def forward_masked(forward, streams, m, kept, dropped, *args, **kwargs):
+    """What a block does under `set_mask`, in the place of its `forward`."""
+    given = inspect.signature(forward).bind(*args, **kwargs).arguments
+    names = streams or list(given)[:1]
+    inputs = [given.get(name) for name in names]
+    if any(x is None or len(x) != len(m) for x in inputs):
+        raise ValueError(f"expected {len(m)} examples, one per row of the mask, in the streams {names} of a block that "
+                         f"is called with {list(given)}")
+    if any((given | kwargs).get(name) is not None for name in ("cache", "past_key_value", "past_key_values")):
+        raise ValueError("a masked block cannot fill a cache: call the model with use_cache=False")
+    tuples = []
+
+    def run(rows):
+        some_args, some_kwargs = rows_of((args, kwargs), rows, len(m))
+        out = forward(*some_args, **some_kwargs)
+        tuples.append(isinstance(out, tuple))
+        return out if isinstance(out, tuple) else (out,)
+
+    outs = masked_block(run, inputs, m, kept, dropped)
+    if not tuples:
+        run(dropped[:1])                         # nobody keeps the block: does it return a tuple?
+    return tuple(outs) if tuples[0] else outs[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
