@@ -403,6 +403,7 @@ class GaussianDiffusion(Objective):
             "log_fixed": np.log(np.append(clipped[0], betas[1:])),           # for models without a learned variance
         }
         self._table = {name: torch.tensor(values, dtype=torch.float32) for name, values in table.items()}
+        self._respaced = {}                      # {steps: the process in so many steps}
 
     def _at(self, name, t, x):
         """Schedule values at timesteps t (B,), shaped to multiply x (B, ...)."""
@@ -478,11 +479,14 @@ class GaussianDiffusion(Objective):
         2 ... num_timesteps."""
         if not 2 <= steps <= self.num_timesteps:
             raise ValueError(f"{steps} sampling steps: expected 2 to {self.num_timesteps}")
+        if steps in self._respaced:
+            return self._respaced[steps]
         stride = (self.num_timesteps - 1) / (steps - 1)
         # Sums, not multiples, of the stride, so that ties round as they do in the official code.
         chosen = np.rint(np.cumsum(np.append(0.0, np.full(steps - 1, stride)))).astype(int)
         abar = self.abar[chosen]
-        return GaussianDiffusion(1 - abar / np.append(1.0, abar[:-1]), self.timestep_map[chosen])
+        self._respaced[steps] = GaussianDiffusion(1 - abar / np.append(1.0, abar[:-1]), self.timestep_map[chosen])
+        return self._respaced[steps]
 
     @torch.inference_mode()
     def sample(self, model, y, draw, steps=250, guidance=1.0, eta=1.0, clip_denoised=False, cfg_channels=3, dtype=None):
@@ -630,9 +634,15 @@ class LayerSampler(nn.Module):
     def __init__(self, groups):
         super().__init__()
         self.groups = [tuple(group) for group in groups]
-        self.candidates = [nm_masks(n, m) for n, m in self.groups]           # K matrices (candidates, M)
+        for k, (n, m) in enumerate(self.groups):             # float64: no bfloat16 or TF32 can round a mask's gradient
+            self.register_buffer(f"candidates{k}", nm_masks(n, m).double(), persistent=False)
         # The published recipe starts all logits at 0.02. A softmax does not see a constant, so this is the same start.
         self.logits = nn.ParameterList([nn.Parameter(torch.zeros(len(c))) for c in self.candidates])
+
+    @property
+    def candidates(self):
+        """K matrices (candidates, M)."""
+        return [getattr(self, f"candidates{k}") for k in range(len(self.groups))]
 
     def forward(self, batch_size, tau=1.0, scale=100.0):
         """One independent mask per example: (B, L), exactly 0 or 1, exactly N ones per group, with the gradient of the
@@ -645,8 +655,7 @@ class LayerSampler(nn.Module):
             # Straight through: the value of `hard`, the gradient of `soft`. The brackets matter: soft - soft is exactly
             # 0, while (hard - soft) + soft, the order of F.gumbel_softmax(hard=True), can be off by one rounding.
             choice = hard + (soft - soft.detach())
-            with torch.autocast(choice.device.type, enabled=False):      # bfloat16 would round the mask's gradient
-                parts.append(choice @ candidates.to(choice))                                # (B, M)
+            parts.append((choice.double() @ candidates).to(choice.dtype))                   # (B, M)
         return torch.cat(parts, dim=1)
 
     def _probabilities(self, scale):
@@ -654,7 +663,7 @@ class LayerSampler(nn.Module):
 
     def keep_probability(self, scale=100.0):
         """The probability (L,) of every block to be kept."""
-        return torch.cat([p @ c.to(p) for p, c in zip(self._probabilities(scale), self.candidates)])
+        return torch.cat([p.double() @ c for p, c in zip(self._probabilities(scale), self.candidates)]).float()
 
     def confidence(self, scale=100.0):
         """The probability (K,) of each group's likeliest candidate: near 1 when the decision is made."""
@@ -1898,21 +1907,30 @@ def pick_device(name):
         torch.zeros(1, device=device).item()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")           # TF32, for what autocast leaves in float32
     return device
 
 
+def default_dtype(device):
+    """The type in which matrix products run: bfloat16 on a GPU that has it, else float32."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float32
+
+
 def autocast(device, dtype=None):
-    """A context in which matrix products run in `dtype`: by default bfloat16 on CUDA, and float32 elsewhere."""
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    """A context in which matrix products run in `dtype`, or else in `default_dtype`."""
+    dtype = dtype or default_dtype(device)
     lower = dtype != torch.float32
     return torch.autocast(device.type, dtype if lower else None, enabled=lower)
 
 
 def compile_blocks(model):
-    """torch.compile the blocks of a model, in place: a slow start and faster steps."""
+    """torch.compile the blocks of a model, in place: a slow start and faster steps. What was compiled before is
+    forgotten, because torch keeps 8 variants of a block's code at most, and learning needs 6, for the numbers of rows
+    and with or without a gradient."""
+    torch.compiler.reset()
     for block in model.blocks:
-        block.compile()
+        block.compile(dynamic=True)
 
 
 class NonFiniteLoss(ValueError):
@@ -2365,7 +2383,7 @@ class Run:
         self.claim()
         self.decode = VAE(args.vae, self.device).decode if args.vae else to_uint8
         print(f"{self.data.describe()}, {self.data.shape}; {args.model} with {len(model.blocks)} blocks, "
-              f"{world_size()} x {self.device}")
+              f"{world_size()} x {self.device}, {default_dtype(self.device)}")
 
     def new_model(self):
         """A new model for the data."""
