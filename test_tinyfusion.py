@@ -1105,9 +1105,21 @@ TINY = STEPS.format(3) + "--samples 10 --sample-steps 2 --batch-size 8 --device 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(HERE)}
 
 
+def split(*words):
+    """Words cut at spaces, paths not, less the flags of TINY that would be refused, because they do nothing."""
+    parts = [part for word in words for part in ([str(word)] if isinstance(word, Path) else word.split())]
+    stages = parts[parts.index("--stages") + 1] if "--stages" in parts else "measure"
+    for applies, flags in (("--ckpt" in parts, ["--teacher-steps"]), ("--criterion" in parts, ["--learn-steps"]),
+                           ("measure" not in stages, ["--samples", "--sample-steps"])):
+        for flag in flags:
+            if applies and TINY in words:
+                del parts[parts.index(flag):parts.index(flag) + 2]
+    return parts
+
+
 def call(*words, main=tf.main):
-    """A command line run in this process: its exit status, stdout and stderr. Words are cut at spaces, paths not."""
-    arguments = [part for word in words for part in ([str(word)] if isinstance(word, Path) else word.split())]
+    """A command line run in this process: its exit status, stdout and stderr."""
+    arguments = split(*words)
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         status = main(arguments)
     return status, out.getvalue(), err.getvalue()
@@ -1585,7 +1597,7 @@ class Training(InFolder):
             return {path.name: path.stat().st_mtime_ns for path in killed.glob("*.pt")}
         for (number, program), seconds in zip(ways, np.random.default_rng(0).uniform(0, 0.4, 3)):
             before = states()
-            run = subprocess.Popen([sys.executable, *program, *TINY.split(), killed, *words.split()], env=ENVIRONMENT,
+            run = subprocess.Popen([sys.executable, *program, *split(TINY, killed, words)], env=ENVIRONMENT,
                                    text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
             while run.poll() is None and states() == before:
                 time.sleep(0.01)                 # until it has come further
@@ -1810,7 +1822,7 @@ class CommandLine(Quick):
     def test_one_command_tells_the_whole_story_and_the_next_one_reuses_it(self):
         run, reused = self.folder / "run", "is there and is used"
         out = self.story(run)
-        names = {"settings.json", "teacher.pt", "layers.json", "student.pt", "results.json", "log.jsonl",
+        names = {".lock", "settings.json", "teacher.pt", "layers.json", "student.pt", "results.json", "log.jsonl",
                  "decisions.png", "samples.png"}
         self.assertEqual({path.name for path in run.iterdir()}, names)
         for part in ("teacher |", "pruned ", "student |", "toy-FID", "speed-up", "guidance 1.5"):
@@ -1907,10 +1919,16 @@ class CommandLine(Quick):
                 ("Not a directory", "--out", self.folder / "file" / "x"), ("class", "--data", self.folder / "empty"),
                 ("nothing", "--data", self.folder / "nothing"), ("64 images are too few", "--batch-size 100"),
                 ("cut into 3 parts", "--accumulate 3"), ("unrecognized", "--nonsense"), ("expected one", "--data"),
-                ("shortgpt", "--criterion best"), ("--vae", "--encode x"), ("--ref", "--fid x"),
-                ("--inception is for stage measure", "--stages teacher,learn,recover --inception x")):
+                ("shortgpt", "--criterion best"), ("--vae is for latents", "--vae x"),
+                ("toy-FID does not use --ref", "--ref x"),
+                ("--criterion does not use --learn-lr", "--criterion oracle --learn-lr 1"),
+                ("--compare does not use --stages", "--compare all --stages measure"),
+                ("--stages without measure does not use --inception", "--stages teacher --inception x")):
             with self.subTest(words=words):
                 self.refused(reason, TINY, run, *words)
+        for reason, words in (("goes with --vae", "--encode x"), ("goes with --ref", "--fid x"),
+                              ("does not use --kd, --seed", "--seed 1 --fid x --kd none --ref x")):
+            self.refused(reason, words)
         with mock.patch.dict(os.environ, {"WORLD_SIZE": "2"}):
             self.refused("without torchrun", TINY, run, "--compare all")
         self.assertFalse((run / "teacher.pt").exists() or (run / "settings.json").exists())

@@ -50,6 +50,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import copy
+import fcntl
 import functools
 import inspect
 import itertools
@@ -1585,9 +1586,10 @@ def measure(models, labels, draw, look, real, folder, batch_size=50):
     the statistics `real` by what look(images) sees in them.
 
     draw(model, labels, indices) returns uint8 images (B, C, H, W), from the same noise for every model. The models take
-    turns batch by batch, so that a busy machine slows all of them alike; images/s is the median batch's. Every batch
-    leaves its features in `folder`, so a measuring that was stopped goes on; the caller removes it. Returns {name: dict
-    of plain numbers} and {name: statistics}."""
+    turns batch by batch, so that a busy machine slows all of them alike; images/s is the median batch's, and speed_up
+    the median of the batches' ratios to the first model (None for fewer than 5 batches). Every batch leaves its
+    features in `folder`, so a measuring that was stopped goes on; the caller removes it. Returns {name: dict of plain
+    numbers} and {name: statistics}."""
     batches = torch.arange(len(labels)).split(batch_size * world_size())
     report = progress("measure", len(batches), unit="batches")
     found = {name: [] for name in models}
@@ -1599,12 +1601,15 @@ def measure(models, labels, draw, look, real, folder, batch_size=50):
                 write_file(path, lambda file: np.savez(file, **batch))
             found[name].append(load_arrays(path))
         report(number, {})
+    seconds = {name: np.array([batch["seconds"] for batch in found[name]]) for name in models}      # per image
+    first = next(iter(seconds.values()))
     rows, stats = {}, {}
     for name, model in models.items():
         stats[name] = statistics([(batch["features"], batch["p"]) for batch in found[name]])
         rows[name] = {"depth": len(model.blocks), "parameters": sum(w.numel() for w in model.parameters()),
                       **compare_statistics(stats[name], real, next(model.parameters()).device),
-                      "images_per_second": 1 / float(np.median([batch["seconds"] for batch in found[name]]))}
+                      "images_per_second": 1 / float(np.median(seconds[name])),
+                      "speed_up": float(np.median(first / seconds[name])) if len(batches) >= 5 else None}
     return rows, stats
 
 
@@ -1689,13 +1694,19 @@ def center_crop(image, size):
 
 def read_image(path, size=None):
     """An image file as a uint8 array (C, H, W), of one channel if it is grey, else of three; with a `size`, cropped to
-    that square. Raises UserError, with the file's name, where it is not a whole image of 8 or 16 bits."""
+    that square. It is turned as its EXIF data say, and what is transparent is white. Raises UserError, with the file's
+    name, where it is not a whole image of 8 or 16 bits."""
     with reading(path, "a whole image; repair or replace it"), Image.open(path) as image:
         if image.mode.startswith("I;16"):        # 16 bits a pixel: Pillow's own conversion would clip, not scale
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode in ("I", "F"):
             raise ValueError(f"pixels of mode {image.mode} have no known range")
-        image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+        image = ImageOps.exif_transpose(image)
+        grey = image.mode in ("1", "L", "LA")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("L" if grey else "RGB")
         pixels = np.asarray(center_crop(image, size) if size else image)
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
@@ -2036,8 +2047,8 @@ def train(model, loss_fn, steps, *, params=None, lr=1e-4, final_lr_ratio=1.0, wa
 
 def progress(label, steps, log_file=None, unit="steps", first=0):
     """An on_step that prints "label step/steps, loss, speed, time left" every ten seconds and at the end, and appends
-    the step's numbers to `log_file` as a line of JSON. The loss is the mean since the last line. first: the step at
-    which the run starts."""
+    the step's numbers to `log_file` as a line of JSON. The loss is the mean since the last line, the denoising loss
+    that of the step. first: the step at which the run starts."""
     start = time.perf_counter()
     printed = start
     losses = []
@@ -2051,6 +2062,8 @@ def progress(label, steps, log_file=None, unit="steps", first=0):
         printed = now
         speed = (step + 1 - first) / (now - start)
         loss = f"  loss {np.mean(losses):.4f}" if "loss" in metrics else ""
+        if "denoising" in metrics:               # of which the loss of a recovery is only a tenth
+            loss += f"  denoising {metrics['denoising']:.4f}"
         left = (steps - step - 1) / speed
         print(f"{label:8} {step + 1}/{steps}{loss}  {speed:.3g} {unit}/s  {left:.0f} s left", file=sys.stderr)
         losses.clear()
@@ -2092,6 +2105,8 @@ def write_file(path, write):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error}; when that is mended, the same command goes on") from None
         except RuntimeError as error:            # torch.save hides a full disk and Ctrl-C behind one of its own
             raise error.__context__ or error
         finally:
@@ -2164,7 +2179,8 @@ def config_of(weights):
                   "in_channels": shape["z_proj.weight"][1], "num_classes": shape["class_emb.weight"][0],
                   "encoder_depth": depth("encoder_blocks"), "decoder_depth": depth("decoder_blocks"),
                   "buffer_size": shape["encoder_pos_embed_learned"][1] - T,
-                  "diffloss_w": shape["diffloss.net.input_proj.bias"][0], "diffloss_d": depth("diffloss.net.res_blocks")}
+                  "diffloss_w": shape["diffloss.net.input_proj.bias"][0],
+                  "diffloss_d": depth("diffloss.net.res_blocks")}
     else:
         D, C, P, _ = shape["x_embedder.proj.weight"]
         config = {"input_size": math.isqrt(shape["pos_embed"][1]) * P, "patch_size": P, "in_channels": C,
@@ -2377,11 +2393,14 @@ class Run:
                          **args.sampling}
         self.conditions = {name: getattr(args, name) for name in CONDITIONS}
         self.check(model)
+        self.decode = VAE(args.vae, self.device).decode if args.vae else to_uint8
+        if args.inception:
+            self.judge                           # a mistake in its flags ends the run before the work
         self.out = Path(args.out)
         self.out.mkdir(parents=True, exist_ok=True)
         self.teacher_path = self.out / RESULTS["teacher"]
+        self.lock()
         self.claim()
-        self.decode = VAE(args.vae, self.device).decode if args.vae else to_uint8
         print(f"{self.data.describe()}, {self.data.shape}; {args.model} with {len(model.blocks)} blocks, "
               f"{world_size()} x {self.device}, {default_dtype(self.device)}")
 
@@ -2403,9 +2422,23 @@ class Run:
         if args.batch_size % parts or self.batch_size("learn") % parts or args.samples % world_size():
             raise UserError(f"--batch-size {args.batch_size} ({self.batch_size('learn')} while learning) cannot be cut "
                             f"into {parts} parts, or --samples {args.samples} into {world_size()}")
+        if args.vae and not data.latent:
+            raise UserError("--vae is for latents: leave it out")
         if data.latent and "measure" in args.stages and not (args.vae and args.inception and args.ref):
             raise UserError("latents are measured with --vae, --inception and --ref: give all three, or leave measure "
                             "out, by --stages teacher,learn,recover")
+
+    def lock(self):
+        """Keep other runs out of the folder as long as this process lives. Raises UserError where one is in it."""
+        if rank() == 0:
+            self.lock_file = open(self.out / ".lock", "a+")
+            try:
+                fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.lock_file.seek(0)
+                raise UserError(f"{self.out} is in use by process {self.lock_file.read()}") from None
+            self.lock_file.truncate(0)
+            print(os.getpid(), end="", file=self.lock_file, flush=True)
 
     def claim(self):
         """Write settings.json, or raise UserError where the folder has other settings. Data and checkpoint are known by
@@ -2559,7 +2592,6 @@ def stage_measure(run, path):
     rows, stats = measure(models, labels, draw, look, real, folder)
     for name, model in models.items():
         rows[name]["loss"] = calibration_loss(model, run.diffusion, run.examples)
-        rows[name]["speed_up"] = rows[name]["images_per_second"] / next(iter(rows.values()))["images_per_second"]
         if accuracy is not None:
             rows[name]["accuracy"] = float((stats[name]["p"].argmax(1) == labels.numpy()).mean())
 
@@ -2602,8 +2634,6 @@ def run_stage(run, stage):
 def run_stages(run):
     """Run the stages that are asked for and not finished, in order, and print the results."""
     start = time.perf_counter()
-    if run.args.inception:
-        run.judge                                # a mistake in its flags ends the run before the work
     last = max(list(RESULTS).index(stage) for stage in run.args.stages)
     for stage in list(RESULTS)[:last + 1]:
         run_stage(run, stage)
@@ -2616,10 +2646,12 @@ def print_results(results):
     """Print the content of results.json as a table, with the conditions of its figures."""
     toy = results["judge_accuracy"] is not None
     names = {"fid": "toy-FID" if toy else "FID", "is": "IS", "images_per_second": "images/s", "speed_up": "speed-up"}
-    rows = []
-    for name, row in results["rows"].items():
-        rows.append([name] + [f"{value:,}" if isinstance(value, int) else f"{value:.4g}" for value in row.values()])
-    print_table(["model"] + [names.get(key, key) for key in row], rows)
+
+    def words(value):
+        return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+    rows = [[name, *map(words, row.values())] for name, row in results["rows"].items()]
+    print_table(["model", *(names.get(key, key) for key in results["rows"]["student"])], rows)
     print("\n" + ", ".join(f"{name} {value}" for name, value in results["conditions"].items() if value is not None))
     if toy:
         print(f"By a small classifier trained on this data, {results['judge_accuracy']:.1%} right on held-out images: "
@@ -2821,7 +2853,10 @@ def parse_groups(pattern, depth):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, and whose numbers are checked."""
+    """An ArgumentParser whose errors are one line, whose flags are not abbreviated, and whose numbers are checked."""
+
+    def __init__(self, **more):
+        super().__init__(allow_abbrev=False, **more)
 
     def error(self, message):
         raise UserError(message)
@@ -2838,52 +2873,78 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser(preset):
     """The flags, with the defaults of a row of PRESETS."""
-    parser = Parser(prog="tinyfusion.py", allow_abbrev=False, description=(
-        "Train a diffusion transformer, learn which layers to keep, prune it, recover it and measure it. Without "
-        "flags: drawn digits, on a laptop, into runs/toy. The defaults shown are those of --model, or of --ckpt."))
-    add = parser.add_argument
+    parser = Parser(
+        usage="python tinyfusion.py [flags]", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Train a diffusion transformer, learn which layers to keep, prune it, recover it and measure it.",
+        epilog="""examples:
+  python tinyfusion.py                                drawn digits, a few minutes on a laptop, into runs/toy
+  python tinyfusion.py --data FOLDER --model SiT-toy  the same on your images, with flow matching
+  python tinyfusion.py --model DiT-XL/2 --help        the defaults of another model""")
+    add = parser.add_argument_group("model and data").add_argument
     add("--model", default="toy", metavar="NAME", choices=PRESETS, help=f"one of {', '.join(PRESETS)}")
     add("--ckpt", metavar="FILE", help="start from this teacher, official or ours; SiT-XL/2 needs --model too")
     add("--data", metavar="DIR", help="images, one sub-folder per class, or latents (without it: drawn digits)")
     add("--image-size", type=int, metavar="N", help="side of the images (16; 256 with --encode)")
     add("--out", metavar="DIR", help="folder of the results (runs/NAME, of --data or --model)")
-    add("--seed", type=int, default=0, metavar="N", help="seed of everything random (%(default)s)")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (the first GPU if there is one)")
-    add("--batch-size", type=int, metavar="N", help="images per step, all processes together (%(default)s)")
-    add("--accumulate", type=int, default=1, metavar="N", help="cut batches into N parts to save memory (%(default)s)")
-    add("--compile", action="store_true", help="torch.compile the blocks: a slow start, faster steps")
     add("--stages", default=",".join(RESULTS), metavar="LIST", help="the stages to run (%(default)s)")
     add("--teacher-steps", type=int, metavar="N", help="training steps (batches) of a new teacher (%(default)s)")
     add("--teacher-lr", type=float, metavar="X", help="its learning rate (%(default)s)")
+    add = parser.add_argument_group("learning which blocks to keep").add_argument
     add("--groups", default="1:2", metavar="N:M", help="keep N of every M blocks, or 2:4,3:4,... (%(default)s)")
-    add("--criterion", default="learned", metavar="NAME",
-        help=f"how the blocks to keep are chosen: learned, {', '.join(CRITERIA)}, or blocks as in 0,2,5 (%(default)s)")
-    add("--learn-steps", type=int, metavar="N", help="steps of learning which blocks to keep (%(default)s)")
+    add("--criterion", default="learned", metavar="NAME", help="how they are chosen: learned, blocks as in 0,2,5, or "
+        f"{', '.join(CRITERIA)} (%(default)s)")
+    add("--learn-steps", type=int, metavar="N", help="steps of learning (%(default)s)")
     add("--logits-lr", type=float, metavar="X", help="learning rate of the mask's logits (%(default)s)")
     add("--update", default="lora", metavar="HOW", choices=("lora", "full", "frozen"),
         help="the weights that train along: lora, full, frozen (%(default)s)")
     add("--learn-lr", type=float, metavar="X", help="learning rate of that update (%(default)s)")
+    add = parser.add_argument_group("recovery").add_argument
     add("--recover-steps", type=int, metavar="N", help="fine-tuning steps of the student (%(default)s)")
     add("--recover-lr", type=float, metavar="X", help="its learning rate (%(default)s)")
     add("--kd", default="masked", metavar="HOW", choices=KD_MODES, help=f"{', '.join(KD_MODES)} (%(default)s)")
-    add("--samples", type=int, metavar="N", help="images drawn from each model to measure it (%(default)s)")
+    add = parser.add_argument_group("measuring").add_argument
+    add("--samples", type=int, metavar="N", help="images drawn from each model (%(default)s)")
     add("--sample-steps", type=int, metavar="N", help="sampling steps per image (%(default)s)")
     add("--guidance", type=float, metavar="X", help="guidance scale, 1 is without (%(default)s)")
     add("--vae", metavar="NAME", help="autoencoder of latents, on Hugging Face or a folder (needs diffusers)")
     add("--inception", metavar="FILE", help="measure FID by this TorchScript network instead of toy-FID")
     add("--ref", metavar="PATH", help="what FID compares with: a folder of images, or .npz with arr_0 or mu and sigma")
+    add = parser.add_argument_group("machine").add_argument
+    add("--seed", type=int, default=0, metavar="N", help="seed of everything random (%(default)s)")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (the first GPU if there is one)")
+    add("--batch-size", type=int, metavar="N", help="images per step, all processes together (%(default)s)")
+    add("--accumulate", type=int, default=1, metavar="N", help="cut batches into N parts to save memory (%(default)s)")
+    add("--compile", action="store_true", help="torch.compile the blocks: a slow start, faster steps")
+    add = parser.add_argument_group("instead of a run").add_argument
     add("--compare", choices=("criteria", "all"), metavar="WHAT",
-        help="instead, compare learning with all criteria, or with all masks that the groups allow")
-    add("--encode", metavar="DIR", help="instead, encode a folder of images with --vae into latents in --out")
-    add("--fid", metavar="PATH", help="instead, only compare these images (a folder or .npz) with --ref")
+        help="compare learning with all criteria, or with all masks that the groups allow")
+    add("--encode", metavar="DIR", help="encode a folder of images with --vae into latents in --out")
+    add("--fid", metavar="PATH", help="only compare these images (a folder or .npz) with --ref")
     parser.set_defaults(**preset)
     return parser
 
 
+def refuse_unread(args, argv):
+    """Raise UserError for a flag in argv that would do nothing beside the others."""
+    every = {f"--{name.replace('_', '-')}" for name in vars(args)}
+    given = every & {word.split("=")[0] for word in argv}
+    for applies, what, unread in (
+            (args.encode, "--encode", every - {"--encode", "--vae", "--image-size", "--out", "--device"}),
+            (args.fid, "--fid", every - {"--fid", "--ref", "--inception", "--device"}),
+            (args.compare, "--compare", {"--stages", "--criterion"}),
+            (args.ckpt, "--ckpt", {"--teacher-steps", "--teacher-lr"}),
+            (args.criterion != "learned", "--criterion", {"--learn-steps", "--learn-lr", "--logits-lr", "--update"}),
+            ("measure" not in args.stages, "--stages without measure", {f"--{name}" for name in CONDITIONS}),
+            (not args.inception and not args.fid, "toy-FID", {"--ref"})):
+        if applies and given & unread:
+            raise UserError(f"{what} does not use {', '.join(sorted(given & unread))}: leave it out")
+
+
 def parse_args(argv=None):
     """Flags as a namespace, with the row of PRESETS, `teacher`, the model of --ckpt, and the names of its `classes`.
-    Raises UserError for flags that do not go together where silence would lose work or mislead."""
-    first = Parser(add_help=False, allow_abbrev=False)       # the model comes first: it gives the others their defaults
+    Raises UserError for flags that do not go together."""
+    argv = sys.argv[1:] if argv is None else argv
+    first = Parser(add_help=False)       # the model comes first: it gives the others their defaults
     first.add_argument("--model", choices=PRESETS)
     first.add_argument("--ckpt")
     given, _ = first.parse_known_args(argv)
@@ -2893,25 +2954,22 @@ def parse_args(argv=None):
         teacher, content = load_checkpoint(given.ckpt, name=given.model)
     args = make_parser(PRESETS[content["name"]]).parse_args(argv)
     args.model = content["name"]
-    args.teacher = teacher
-    args.classes = content["classes"]
     args.stages = list(RESULTS) if args.compare else args.stages.split(",")
-    args.image_size = args.image_size or (teacher.input_size if teacher else 256 if args.encode else 16)
-    args.out = args.out or f"runs/{Path(args.data).resolve().name if args.data else args.model.replace('/', '-')}"
     if not set(args.stages) <= set(RESULTS):
         raise UserError(f"--stages {','.join(args.stages)}: expected some of {','.join(RESULTS)}")
     if args.criterion not in ("learned", *CRITERIA) and not re.fullmatch(r"\d+(,\d+)*", args.criterion):
         raise UserError(f"--criterion {args.criterion}: expected learned, {', '.join(CRITERIA)}, or blocks as in 0,2,5")
+    refuse_unread(args, argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (args.compare or args.encode or args.fid):
         raise UserError("--compare, --encode and --fid run in one process, without torchrun")
-    if args.encode and not args.vae:
-        raise UserError("--encode goes with --vae NAME")
+    if args.encode and not (args.vae and args.out):
+        raise UserError("--encode goes with --vae NAME and --out, the folder to write to: ImageNet takes 42 GB")
     if args.fid and not args.ref:
         raise UserError("--fid goes with --ref")
-    if args.ref and not (args.inception or args.fid):
-        raise UserError("--ref goes with --inception: toy-FID compares with the data")
-    if args.inception and not (args.fid or "measure" in args.stages):
-        raise UserError("--inception is for stage measure, which does not run here: leave it out")
+    args.teacher = teacher
+    args.classes = content["classes"]
+    args.image_size = args.image_size or (teacher.input_size if teacher else 256 if args.encode else 16)
+    args.out = args.out or f"runs/{Path(args.data).resolve().name if args.data else args.model.replace('/', '-')}"
     return args
 
 
