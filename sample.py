@@ -81,8 +81,8 @@ def run(args):
     """Draw the images and write them."""
     device = pick_device(args.device)
     target = Path(args.npz or args.out)
-    if target.is_dir():
-        raise UserError(f"{target} is a folder; expected the name of a file to write")
+    if target.is_dir() or not (args.npz or target.suffix == ".png"):
+        raise UserError(f"{target}: expected the name of a .png file to write")
     target.parent.mkdir(parents=True, exist_ok=True)
     model, checkpoint = load_checkpoint(args.ckpt, device, args.model)
     if args.compile:

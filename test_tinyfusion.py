@@ -1328,10 +1328,16 @@ class Data(InFolder):
         self.assertEqual(data.classes, ["a", "b"])
         Image.fromarray(np.full((8, 8), 0x8000, np.uint16)).save(self.folder / "a" / "sixteen-bits.png")
         Image.new("P", (8, 8)).save(self.folder / "a" / "palette.gif")
-        Image.new("RGBA", (8, 8), (255, 0, 0, 128)).save(self.folder / "a" / "transparent.png")
+        Image.new("RGBA", (8, 8), (255, 0, 0, 51)).save(self.folder / "a" / "transparent.png")
+        turned = Image.new("L", (8, 8))
+        turned.paste(255, (0, 0, 8, 4))          # the upper half is white, the right one after turning
+        turned.getexif()[0x0112] = 6
+        turned.save(self.folder / "a" / "turned.png", exif=turned.getexif())
         (self.folder / "b" / ".hidden").write_text("is skipped")
         data = tf.open_data(self.folder, 8)
-        self.assertEqual((data.images.shape, data.images[4, 0, 0, 0].item()), ((9, 3, 8, 8), 128))
+        self.assertEqual((data.images.shape, data.images[4, 0, 0, 0].item()), ((10, 3, 8, 8), 128))
+        self.assertEqual(data.images[5, :, 0, 0].tolist(), [255, 204, 204], "red on white")
+        self.assertEqual(data.images[6, 0, :, ::7].tolist(), [[0, 255]] * 8)
         Image.new("F", (8, 8)).save(self.folder / "b" / "float.tif")
         self.assertRaisesRegex(tf.UserError, "float.tif: .* no known range", tf.open_data, self.folder, 8)
         (self.folder / "a" / "torn.png").write_bytes(b"no image")
@@ -1428,9 +1434,10 @@ class Data(InFolder):
         save_images(images / "a", 3, 32, 50)
         image = torch.from_numpy(save_images(images / "b", 4, 32, 32)[0]).permute(2, 0, 1)
         whole = encode(self.folder / "whole")
-        self.assertEqual(whole.keys(), {"latents.npy", "labels.npy"})
+        self.assertEqual(whole.keys(), {"latents.npy", "labels.npy", "classes.json"})
         data = tf.open_data(self.folder / "whole", 8)
         self.assertEqual((data.shape, data.labels.tolist(), data.latent), ((4, 4, 4), [0] * 3 + [1] * 4, True))
+        self.assertEqual(data.classes, ["a", "b"])
         for mirrored, original in enumerate((image, image.flip(2))):
             x = ToyVAE().decode(data.read(torch.tensor([3]), torch.tensor([mirrored])))[0, :, ::8, ::8]
             self.assertLess((x.float() - original[:, ::8, ::8]).abs().max(), 8)
@@ -1812,6 +1819,8 @@ class Laboratory(Quick):
             for part in ("learned", *names, "±", *["of 4", "Spearman's correlation", "over 4 masks"][:masks]):
                 self.assertIn(part, out)
             self.assert_picture(self.folder / what / "recoverability.png")
+            table = tf.read_json(self.folder / what / "compare.json")
+            self.assertEqual((len(table), [len(values) for values in table["learned"].values()]), (4 + masks, [2] * 4))
         self.refused("--learn-steps 2 (now 3)", TINY, self.folder / "all", *words, "all --learn-steps 3")
         self.refused("a lower --teacher-lr goes on", TINY, self.folder / "x", "--compare all --teacher-lr 1e8", lines=None)
 
@@ -1850,7 +1859,7 @@ class CommandLine(Quick):
         words = ["--ckpt", run / "student.pt"]
         self.assertEqual(call(*words, "--labels 3,1 --out", self.folder / "grid.png", main=sample.main)[0], 0)
         self.assert_picture(self.folder / "grid.png")
-        for wrong, reason in (("--labels 3,10", "from 0 to 9"), ("--labels ²", "from 0 to 9"), ("--out .", "a folder"),
+        for wrong, reason in (("--labels 3,10", "from 0 to 9"), ("--labels ²", "from 0 to 9"), ("--out .", "name of a .png"), ("--out x.jpg", "name of a .png"),
                               ("--num-images 99999999999", "--num-images"), ("--solver euler", "no --solver"),
                               ("--steps 1", "1 sampling steps"), ("--model MAR-B", "MAR-B"), ("--x", "--x")):
             self.refused(reason, *words, wrong, main=sample.main)
@@ -1891,6 +1900,30 @@ class CommandLine(Quick):
         self.refused("--recover-lr 0.001 (now 0.0001)", *words, "--recover-lr 1e-4")
         self.refused("a lower --recover-lr goes on", TINY, self.folder / "x", "--recover-lr 1e8", lines=None)
         self.story(self.folder / "x", "--recover-lr 1e-3")
+
+    def test_two_runs_in_one_folder_are_refused_and_a_dead_one_is_no_hindrance_nor_is_a_moved_project(self):
+        run, words = self.folder / "run", "--stages teacher --data"
+        save_images(self.folder / "pets" / "cat", 24, 16, 16)
+        self.story(run, words, self.folder / "pets")
+        code = ("import argparse, pathlib, sys, tinyfusion as tf; run = object.__new__(tf.Run); "
+                "run.out = pathlib.Path(sys.argv[1]); run.lock(); print('locked', flush=True); input()")
+        other = subprocess.Popen([sys.executable, "-c", code, run], env=ENVIRONMENT, text=True, stdin=subprocess.PIPE,
+                                 stdout=subprocess.PIPE)
+        self.assertEqual(other.stdout.readline(), "locked\n")
+        self.refused(f"is in use by process {other.pid}", TINY, run, words, self.folder / "pets")
+        other.kill()
+        other.communicate()
+        (self.folder / "pets").rename(self.folder / "moved")
+        self.story(run, words, self.folder / "moved")
+
+    def test_a_speed_up_needs_five_batches(self):
+        rows = [tf.read_json(self.measured(samples))["rows"] for samples in (200, 250)]
+        self.assertIsNone(rows[0]["student"]["speed_up"])
+        self.assertGreater(rows[1]["student"]["speed_up"], 1)
+
+    def measured(self, samples):
+        self.story(self.folder / "run", f"--samples {samples}")
+        return self.folder / "run" / "results.json"
 
     def test_what_a_redone_stage_makes_outdated_goes(self):
         run = self.folder / "run"

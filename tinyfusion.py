@@ -1491,7 +1491,9 @@ def train_judge(data, device, steps=400):
 
     train(judge, loss, steps, lr=1e-3, seed=0, on_step=progress("judge", steps))
     _, p = look(data.images[held_out])
-    return look, float((p.argmax(1) == data.labels[held_out].numpy()).mean())
+    accuracy = float((p.argmax(1) == data.labels[held_out].numpy()).mean())
+    print(f"judge: {accuracy:.1%} right on {len(p)} held-out images" + (", too few to trust it" if len(p) < 50 else ""))
+    return look, accuracy
 
 
 def load_inception(path, device):
@@ -1747,13 +1749,17 @@ class NpyFiles(list):
 
 
 def open_latents(latents, labels, folder):
-    """A Dataset of a sequence of latents (2, C, H, W) and an array of labels. Raises UserError if they do not fit."""
+    """A Dataset of a sequence of latents (2, C, H, W) and an array of labels, with the names in classes.json if it is
+    there. Raises UserError if they do not fit."""
     one = np.shape(latents[0]) if len(latents) else ()
     whole = labels.dtype.kind in "iu" and labels.min(initial=0) >= 0
     if len(one) != 4 or one[0] != 2 or one[2] != one[3] or labels.shape != (len(latents),) or not whole:
         raise UserError(f"{folder}: {len(latents)} latents {one}, labels {labels.shape} of {labels.dtype}; expected "
                         "latents (2, channels, side, side), and as many labels, whole numbers from 0")
-    return Dataset(latents, torch.from_numpy(labels.astype(np.int64)), [str(i) for i in range(labels.max() + 1)])
+    classes = [str(i) for i in range(labels.max() + 1)]
+    if (folder / "classes.json").exists():
+        classes = read_json(folder / "classes.json", "classes")["classes"]
+    return Dataset(latents, torch.from_numpy(labels.astype(np.int64)), classes)
 
 
 def open_data(folder, size):
@@ -1816,8 +1822,8 @@ class VAE:
 
 
 def encode_images(folder, size, vae, out, settings, batch_size=16):
-    """Write `latents.npy` (N, 2, C, h, w), of every image and its mirror image, and `labels.npy` into `out`, from a
-    folder as in `class_files`. The file has its full size from the start; a counter beside it, latents.json, says how
+    """Write `latents.npy` (N, 2, C, h, w), of every image and its mirror image, `labels.npy` and `classes.json` into
+    `out`, from a folder as in `class_files`. The file has its full size from the start; a counter beside it, latents.json, says how
     many images are in it, and goes when all are. The next call with the same `settings` goes on from there. Raises
     UserError for other settings, and for a broken image, with its name."""
     classes, files = class_files(folder)
@@ -1849,6 +1855,7 @@ def encode_images(folder, size, vae, out, settings, batch_size=16):
             state["done"] = end
             write_json(counter, state)
             report(end - 1, {})
+    write_json(out / "classes.json", {"classes": classes, **settings})
     counter.unlink()
     print(f"{len(files)} images of {len(classes)} classes: {out / 'latents.npy'}, labels.npy")
 
@@ -2391,6 +2398,7 @@ class Run:
         self.diffusion = objective_of(args.objective, model)
         self.sampling = {"steps": args.sample_steps, "guidance": args.guidance, "clip_denoised": not self.data.latent,
                          **args.sampling}
+        self.classes = self.data.classes if len(self.data.classes) == model.num_classes else args.classes
         self.conditions = {name: getattr(args, name) for name in CONDITIONS}
         self.check(model)
         self.decode = VAE(args.vae, self.device).decode if args.vae else to_uint8
@@ -2485,8 +2493,7 @@ class Run:
 
     def save(self, path, model, **more):
         """A stage's checkpoint."""
-        classes = self.args.classes or self.data.classes
-        save_checkpoint(path, model, self.args.objective, self.sampling, classes, **more)
+        save_checkpoint(path, model, self.args.objective, self.sampling, self.classes, **more)
 
     def kept(self):
         """The blocks that the learning stage has chosen."""
@@ -2599,7 +2606,7 @@ def stage_measure(run, path):
     pictures = [("real images", run.decode(data.read(shown).to(run.device)).cpu())]
     for name, model in models.items():
         pictures.append((f"{name}, {len(model.blocks)} blocks", draw(model, data.labels[shown], range(20))))
-    draw_samples(run.out / "samples.png", pictures, [data.classes[y] for y in data.labels[shown]])
+    draw_samples(run.out / "samples.png", pictures, [run.classes[y] for y in data.labels[shown]])
     write_json(path, {"rows": rows, "judge_accuracy": accuracy, "conditions": run.conditions})
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -2656,6 +2663,8 @@ def print_results(results):
     if toy:
         print(f"By a small classifier trained on this data, {results['judge_accuracy']:.1%} right on held-out images: "
               "a toy-FID is no FID.")
+    elif results["conditions"]["samples"] < 2048:
+        print("warning: an FID of fewer than 2,048 images is far too high")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2794,7 +2803,8 @@ def outcome(run):
 def compare(run, every_mask=False, seeds=(0, 1, 2)):
     """The paper's Table 3 in miniature: what learning and the criteria choose, recovered with every seed. Each is a run
     of its own in a sub-folder, with the teacher of `run` (a Run, Chapter 11), so a comparison that was stopped goes on.
-    With `every_mask`, all choices that the groups allow are recovered too, and the better ones are counted."""
+    With `every_mask`, all choices that the groups allow are recovered too, and the better ones are counted. Writes
+    compare.json, with the figures of every seed, and recoverability.png."""
     masks = [",".join(map(str, kept)) for kept in every_choice(run.groups)] if every_mask else []
     choices = ["learned", *CRITERIA, *masks]
     report = progress("compare", len(choices), unit="choices")
@@ -2818,6 +2828,8 @@ def compare(run, every_mask=False, seeds=(0, 1, 2)):
             better = sum(fids[mask] < fids[name] for mask in masks)
             rows.append([name, " ".join(map(str, kept[0])), spread(pruned, 3), spread(recovered, 4), spread(fid, 1),
                          f"{better} of {len(masks)}"])
+    columns = ("kept", "loss_after_pruning", "loss_after_recovery", "fid")
+    write_json(run.out / "compare.json", {name: dict(zip(columns, values)) for name, values in found.items()})
     print_table(["method", f"kept blocks (seed {seeds[0]})", "loss after pruning", "loss after recovery",
                  "toy-FID after recovery", "better masks"], rows)
     if masks:
