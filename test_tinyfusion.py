@@ -11,6 +11,7 @@ import copy
 import functools
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -225,10 +226,54 @@ class Heart(unittest.TestCase):
         for wrong in (mask[:1], mask[:, :2]):
             self.assertRaisesRegex(ValueError, "expected", tf.masked_forward, [block] * 3, x, c, mask=wrong)
 
+    def test_without_groups_n_blocks_are_drawn_without_replacement(self):
+        torch.manual_seed(0)
+        sampler = tf.TopNSampler(2, 5)
+        sampler.logits.data = torch.tensor([0.0, 0.01, 0.02, -0.01, 0.005])
+        p = torch.softmax(sampler.logits.detach() * 100, 0).tolist()
+        for tau in (4.0, 0.1):
+            drawn = sampler(20_000, tau)
+            self.assertTrue(drawn.requires_grad and set(drawn.unique().tolist()) == {0, 1} and (drawn.sum(1) == 2).all())
+            chi2, expected = 0, [0] * 5
+            for a, b in itertools.combinations(range(5), 2):                 # one first, or the other
+                share = p[a] * p[b] / (1 - p[a]) + p[b] * p[a] / (1 - p[b])
+                chi2 += ((drawn[:, a] * drawn[:, b]).sum().item() - 20_000 * share) ** 2 / (20_000 * share)
+                expected[a] += share
+                expected[b] += share
+            self.assertLess(chi2, 33.7)          # 9 degrees of freedom, one false alarm in 10,000
+            close(drawn.mean(0), torch.tensor(expected), atol=0.02, rtol=0)
+        close(sampler.keep_probability(), torch.tensor(expected), atol=0.06, rtol=0)
+        self.assertTrue(torch.equal(sampler.keep_probability(), sampler.keep_probability()))
+        self.assertEqual((sampler.kept(), sampler.confidence().shape), ([1, 2], (2,)))
+        self.assertTrue((tf.TopNSampler(3, 3)(9) == 1).all())
+        self.assertRaisesRegex(ValueError, "from 1 to 5", tf.TopNSampler, 6, 5)
+
+    def test_the_relaxed_mask_sums_to_n_and_its_gradient_trades_one_block_for_others(self):
+        sampler, keys = tf.TopNSampler(2, 5), 3 * torch.randn(6, 5, dtype=torch.double).requires_grad_()
+        for tau in (4.0, 0.5):
+            soft = sampler.relaxed(keys, tau)
+            close(soft.sum(1), torch.full((6,), 2.0).double())
+            self.assertTrue(torch.autograd.gradcheck(lambda keys: sampler.relaxed(keys, tau), keys))
+            grad, = torch.autograd.grad((soft * torch.randn(6, 5)).sum(), keys)
+            close(grad.sum(1), torch.zeros(6).double())
+
+    def test_useless_blocks_side_by_side_are_found_where_no_group_could_drop_them_all(self):
+        def loss_fn(model, sample_mask):
+            x = torch.randn(32, 4)
+            return F.mse_loss(tf.masked_forward(model, x, mask=sample_mask(32))[0], 8 * x)
+        torch.manual_seed(3)
+        model = nn.ModuleList([nn.Linear(4, 4, bias=False) for _ in range(6)])
+        for i, block in enumerate(model):
+            block.weight.data = 2 * torch.eye(4) if i < 3 else torch.eye(4) + 0.7 * torch.randn(4, 4)
+        sampler, history = tf.learn_layers(model, loss_fn, (3, 6), 80, rank=1, lr=1e-3, logits_lr=5e-3)
+        self.assertEqual((sampler.kept(), len(history[-1][1])), ([0, 1, 2], 6))
+        self.assertGreater(sampler.confidence().min(), 0.9)
+
     def test_groups_that_fit_are_parsed_and_others_refused_with_the_reason(self):
         self.assertEqual(tf.parse_groups("1:2", 6), [(1, 2)] * 3)
         self.assertEqual(tf.parse_groups("2:4,1:2", 6), [(2, 4), (1, 2)])
-        for words, reason in (("2:4,3:4", "cover 8 blocks and do not divide a depth of 12"), ("1:5", "cover 5 blocks"),
+        self.assertEqual(tf.parse_groups("14", 28), (14, 28))
+        for words, reason in (("13 0", "from 1 to 12"), ("2:4,3:4", "cover 8 blocks and do not divide a depth of 12"), ("1:5", "cover 5 blocks"),
                               ("3:2 0:2 1:0", "expected N:M with 1 <= N"), ("1-2 1:2:3 ,", "not a list"),
                               ("14:28", "too many candidates"), ("9000:18000", "9000:18000")):
             for pattern in words.split():
@@ -549,6 +594,7 @@ class Recovery(unittest.TestCase):
         self.assertEqual(tf.match_blocks([(1, 2)] * 3, [0, 1, 4]), [(1, 1), (2, 5)])  # a group that keeps none: no pair
         self.assertEqual(tf.match_blocks([(1, 2)] * 3, [0, 2, 5], cuts=(3,)), [(0, 1), (1, 2), (2, 5)])
         self.assertEqual(tf.match_blocks([(1, 2)] * 3, [0, 3, 5], cuts=(3,)), [(0, 1), (1, 3), (2, 5)])
+        self.assertEqual(tf.match_blocks((3, 8), [0, 3, 4]), [(0, 2), (1, 3), (2, 7)])          # without groups
 
     def test_the_loss_is_the_papers_mixture_and_a_student_that_is_its_teacher_has_none(self):
         x0, y = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 0])
@@ -1815,12 +1861,12 @@ class Laboratory(Quick):
                 self.assertEqual(call(TINY, self.folder / what, *words, what)[0], 130)
                 stop, diverging = None, ()
                 out = self.story(self.folder / what, *words, what)
-                self.assertEqual(len(calls), 1 + 2 * (4 + masks) + 3 * (what == "criteria"))
+                self.assertEqual(len(calls), 1 + 2 * (5 + masks) + 3 * (what == "criteria"))
             for part in ("learned", *names, "±", *["of 4", "Spearman's correlation", "over 4 masks"][:masks]):
                 self.assertIn(part, out)
             self.assert_picture(self.folder / what / "recoverability.png")
             table = tf.read_json(self.folder / what / "compare.json")
-            self.assertEqual((len(table), [len(values) for values in table["learned"].values()]), (4 + masks, [2] * 4))
+            self.assertEqual((len(table), [len(values) for values in table["top-n"].values()]), (5 + masks, [2] * 4))
         self.refused("--learn-steps 2 (now 3)", TINY, self.folder / "all", *words, "all --learn-steps 3")
         self.refused("a lower --teacher-lr goes on", TINY, self.folder / "x", "--compare all --teacher-lr 1e8", lines=None)
 
@@ -1873,6 +1919,10 @@ class CommandLine(Quick):
         self.assertEqual(tf.read_json(run / "layers.json")["kept"], [0, 2, 4, 7, 9, 11])
         save_images(self.folder / "pets" / "cat", 24, 20, 30)
         named = [self.folder / "named", "--criterion 0,1,2,3,11 --groups 2:4,1:2,3:6 --data", self.folder / "pets"]
+        free = self.folder / "free"
+        self.story(free, "--groups 4")
+        self.assertEqual((len(load(free / "student.pt")["kept"]), tf.read_json(free / "settings.json")["groups"]), (4, "4"))
+        self.assert_picture(free / "decisions.png")
         self.assertIn("24 images, checksum", self.story(*named, "--stages recover,learn,teacher"))
         self.assertEqual(load(self.folder / "named" / "student.pt")["config"]["depth"], 5)
         Image.new("RGB", (20, 30)).save(self.folder / "pets" / "cat" / "00.png")

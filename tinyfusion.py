@@ -676,6 +676,73 @@ class LayerSampler(nn.Module):
         return mask.nonzero().flatten().tolist()
 
 
+class TopNSampler(nn.Module):
+    """A learnable distribution over the masks that keep n of `depth` blocks, wherever they are: no groups, one logit per
+    block. It goes beyond the paper, and is called as a LayerSampler is.
+
+    A draw is the n largest keys k_i = scale * logit_i + Gumbel noise, which is sampling without replacement
+    (arXiv:1903.06059). For the gradient the draw is relaxed to s_i = sigmoid((k_i - c) / tau), where the threshold c is
+    chosen so that the s_i sum to n. c moves with the keys: from sum s_i = n follows dc = sum w_j dk_j with weights w_j
+    in proportion to s_j (1 - s_j). So the gradient only ever trades blocks for others. With a constant c all logits
+    would drift together. Raises ValueError unless 1 <= n <= depth."""
+
+    def __init__(self, n, depth):
+        super().__init__()
+        if not 1 <= n <= depth:
+            raise ValueError(f"groups {n}: expected a number of blocks to keep from 1 to {depth}")
+        self.n = n
+        self.logits = nn.Parameter(torch.zeros(depth))
+
+    def forward(self, batch_size, tau=1.0, scale=100.0, generator=None):
+        """One independent mask per example: (B, L), exactly 0 or 1, exactly n ones, with the gradient of the relaxed
+        mask at temperature tau."""
+        noise = self.logits.new_empty(batch_size, len(self.logits)).exponential_(generator=generator)
+        keys = self.logits * scale - noise.log()                             # (B, L)
+        hard = torch.zeros_like(keys).scatter(1, keys.topk(self.n).indices, 1.0)
+        soft = self.relaxed(keys, tau)
+        return hard + (soft - soft.detach())
+
+    def relaxed(self, keys, tau):
+        """The mask of keys (B, L) with values between 0 and 1 that sum to n, (B, L)."""
+        with torch.no_grad():                    # the threshold, by bisection
+            low = keys.amin(1, keepdim=True) - 30 * tau
+            high = keys.amax(1, keepdim=True) + 30 * tau
+            for _ in range(40):
+                c = (low + high) / 2
+                too_many = torch.sigmoid((keys - c) / tau).sum(1, keepdim=True) > self.n
+                low = torch.where(too_many, c, low)
+                high = torch.where(too_many, high, c)
+            s = torch.sigmoid((keys - c) / tau)
+            w = s * (1 - s)
+            w = w / w.sum(1, keepdim=True).clamp(min=1e-20)
+        c = c + (w * (keys - keys.detach())).sum(1, keepdim=True)            # the same number, with its gradient
+        return torch.sigmoid((keys - c) / tau)
+
+    @torch.no_grad()
+    def keep_probability(self, scale=100.0):
+        """The probability (L,) of every block to be kept, from 1,000 draws, the same noise at every call."""
+        generator = torch.Generator(self.logits.device).manual_seed(0)
+        return self(1000, 1.0, scale, generator).mean(0)
+
+    def confidence(self, scale=100.0):
+        """That of the likeliest n blocks, (n,): near 1 when the decision is made."""
+        return self.keep_probability(scale)[self.kept()]
+
+    def kept(self):
+        """The blocks to keep, ascending: those of the n largest logits."""
+        return sorted(self.logits.topk(self.n).indices.tolist())
+
+
+def as_list(groups):
+    """Groups as a list: a pair (N, L) without a list is one large group."""
+    return groups if isinstance(groups, list) else [groups]
+
+
+def make_sampler(groups):
+    """A LayerSampler for a list of groups [(N, M), ...], a TopNSampler for one pair (N, L) without a list."""
+    return LayerSampler(groups) if isinstance(groups, list) else TopNSampler(*groups)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Chapter 4. Recoverability: learning the mask as if fine-tuning had begun
 #
@@ -745,7 +812,7 @@ def add_lora(model, rank=8, alpha=16.0, verbose=False):
 
 def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=16.0, lr=1e-4, logits_lr=1e-3,
                  tau=(4.0, 0.1), scale=100.0, prepare=None, on_step=None, **loop):
-    """Learn which blocks to keep: optimise the logits of a LayerSampler together with a weight update.
+    """Learn which blocks to keep: optimise the logits of `make_sampler(groups)` together with a weight update.
 
     loss_fn(model, sample_mask) draws a batch, calls `mask = sample_mask(batch_size)` for its masks (B, L), and returns
     the masked model's loss, a scalar; a model whose forward pass takes no mask gets it by `set_mask`. `update` is
@@ -756,7 +823,7 @@ def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=
     Works on a copy; `model` stays as it is. prepare(copy) is called before the first step, for example to compile its
     blocks. on_step and loop (`seed`, `state` ...) are those of `train` in Chapter 9. Returns the sampler and its
     history, a list of (step, keep_probability). Raises ValueError for an unknown update, a model without trainable
-    weights, or a loss that does not depend on the mask. Source: the paper's joint optimisation of mask and weights."""
+    weights, or a loss that does not depend on the mask. Source: the paper's joint optimisation of mask and update."""
     if update not in ("lora", "full", "frozen"):
         raise ValueError(f"update {update!r}: expected lora, full or frozen")
     model = copy.deepcopy(model).train()
@@ -769,7 +836,7 @@ def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=
         raise ValueError("no weight of the model requires a gradient: nothing to update")
     if prepare:
         prepare(model)
-    sampler = LayerSampler(groups).to(next(model.parameters()).device)
+    sampler = make_sampler(groups).to(next(model.parameters()).device)
     history = [(0, sampler.keep_probability(scale).tolist())]
     arrived = []                                 # a sign of every gradient that has reached a mask
 
@@ -931,14 +998,18 @@ def masked_feature_loss(student, teacher, k=2.0):
 
 def match_blocks(groups, kept, cuts=()):
     """Pairs (student block, teacher block) for feature KD: the last kept block of every group, as numbered in the
-    student, with the group's last block, whose output it must stand in for. For 1:2 that is (i, 2i + 1).
+    student, with the group's last block, whose output it must stand in for. For 1:2 that is (i, 2i + 1). Without groups,
+    for a pair (N, L), every kept block stands in for all blocks up to the next kept one.
 
     A group that keeps no block, as the criteria of Chapter 12 may leave it, has no pair. cuts: indices of blocks where
     the token sequence changes, such as a MAR's first decoder block; a pair never crosses one."""
+    if isinstance(groups, list):
+        ends = list(itertools.accumulate(m for _, m in groups))
+    else:
+        ends = [*kept[1:], groups[1]]
     pairs = []
     start = 0
-    for _, m in groups:
-        end = start + m
+    for end in ends:
         inside = [i for i, block in enumerate(kept) if start <= block < end]
         if inside:
             student_block = inside[-1]
@@ -1346,7 +1417,7 @@ DiT_models = {                                   # DiT_models["DiT-XL/2"](input_
     "DiT-XL/2": _dit(28, 1152, 16), "DiT-L/2": _dit(24, 1024, 16), "DiT-B/2": _dit(12, 768, 12),
     "DiT-S/2": _dit(12, 384, 6),
     "DiT-D19/2": _dit(19, 1152, 16), "DiT-D14/2": _dit(14, 1152, 16), "DiT-D7/2": _dit(7, 1152, 16),
-    "toy": _dit(12, 64, 4, patch_size=4),
+    "toy": _dit(12, 64, 4, patch_size=4), "toy-28": _dit(28, 64, 4, patch_size=4),
 }
 
 
@@ -1379,6 +1450,7 @@ PRESETS = {
     **{name: PAPER | {"network": network} for name, network in DiT_models.items()},
     **{name.replace("DiT", "SiT"): PAPER | SIT | {"network": network} for name, network in DiT_models.items()},
     "toy": TOY | {"network": DiT_models["toy"]},
+    "toy-28": TOY | {"network": DiT_models["toy-28"], "learn_steps": 400},
     "SiT-toy": TOY | SIT | {"network": DiT_models["toy"]},
     "MAR-L": PAPER | MAR_ | {"network": MAR_models["MAR-L"]},
     "MAR-B": PAPER | MAR_ | {"network": MAR_models["MAR-B"], "guidance": 2.9},
@@ -2317,7 +2389,7 @@ def draw_decisions(path, history, groups, kept):
         y = top + 26 * block + 13
         text(sheet, (left - 10, y), f"block {block}", anchor="rm")
         text(sheet, (left + width + 10, y), "kept" if block in kept else "dropped", anchor="lm")
-    for edge in itertools.accumulate([m for _, m in groups], initial=0):     # a line between groups
+    for edge in itertools.accumulate([m for _, m in as_list(groups)], initial=0):            # a line between groups
         ImageDraw.Draw(sheet).line((0, top + 26 * edge, left + width + 90, top + 26 * edge), fill=(120, 120, 120))
     text(sheet, (left, top + height + 20), "step 0", anchor="ms")
     text(sheet, (left + width, top + height + 20), f"step {history[-1][0]}", anchor="ms")
@@ -2517,10 +2589,14 @@ class Run:
         return look, statistics([look(images) for images in self.data.images.split(256)]), accuracy
 
     def branch(self, criterion, seed):
-        """A run with the same teacher and another criterion and seed, in a sub-folder."""
+        """A run with the same teacher and another criterion and seed, in a sub-folder. The criterion "top-n" is
+        learning without groups."""
         self.judge, self.examples                # computed once, for all branches
         other = copy.copy(self)
-        other.args = argparse.Namespace(**vars(self.args) | {"criterion": criterion, "seed": seed})
+        if criterion == "top-n":
+            other.groups = tuple(map(sum, zip(*as_list(self.groups))))       # as many blocks, of all
+        other.args = argparse.Namespace(**vars(self.args) | {"criterion": criterion.replace("top-n", "learned"),
+                                                             "seed": seed})
         other.out = self.out / f"compare-{checksum(self.load(self.teacher_path))}" / f"{criterion}-{seed}"
         other.out.mkdir(parents=True, exist_ok=True)
         return other
@@ -2722,7 +2798,7 @@ def block_scores(model, diffusion, examples, score):
 def keep_highest(scores, groups):
     """As many blocks as the groups keep in all, those of the highest scores (L,), ascending. The criteria below rank
     all blocks together, so a group may keep more than its N, or none."""
-    count = sum(n for n, _ in groups)
+    count = sum(n for n, _ in as_list(groups))
     return sorted(scores.argsort(descending=True, stable=True)[:count].tolist())
 
 
@@ -2751,14 +2827,15 @@ def oracle(model, groups, diffusion=None, examples=None):
     second, so that both ends stay. Raises ValueError unless half of an even number of blocks is to be kept. Source:
     BK-SDM, arXiv:2305.15798."""
     depth = len(model.blocks)
-    if depth != 2 * sum(n for n, _ in groups):
-        raise ValueError(f"the oracle keeps one block of every pair, not {sum(n for n, _ in groups)} of {depth}")
+    count = sum(n for n, _ in as_list(groups))
+    if depth != 2 * count:
+        raise ValueError(f"the oracle keeps one block of every pair, not {count} of {depth}")
     return [i if i < depth / 2 else i + 1 for i in range(0, depth, 2)]
 
 
 def random_choice(model, groups, diffusion=None, examples=None):
     """One candidate of every group, all equally likely, by torch's random numbers."""
-    return LayerSampler(groups)(1)[0].nonzero().flatten().tolist()
+    return make_sampler(groups)(1)[0].nonzero().flatten().tolist()
 
 
 def random_search(model, groups, diffusion, examples, place, tries=64):
@@ -2778,6 +2855,7 @@ CRITERIA = {
 
 def every_choice(groups):
     """All choices of blocks that the groups allow, as lists of block numbers. Raises ValueError for more than 1,000."""
+    groups = as_list(groups)
     if math.prod(math.comb(m, n) for n, m in groups) > 1000:
         raise ValueError("these groups allow more than 1,000 choices of blocks: too many to recover")
     starts = itertools.accumulate([m for _, m in groups], initial=0)
@@ -2801,12 +2879,13 @@ def outcome(run):
 
 
 def compare(run, every_mask=False, seeds=(0, 1, 2)):
-    """The paper's Table 3 in miniature: what learning and the criteria choose, recovered with every seed. Each is a run
-    of its own in a sub-folder, with the teacher of `run` (a Run, Chapter 11), so a comparison that was stopped goes on.
-    With `every_mask`, all choices that the groups allow are recovered too, and the better ones are counted. Writes
-    compare.json, with the figures of every seed, and recoverability.png."""
+    """The paper's Table 3 in miniature: what learning chooses, in groups and without ("top-n"), and what the criteria
+    choose, recovered with every seed. Each is a run of its own in a sub-folder, with the teacher of `run` (a Run,
+    Chapter 11), so a comparison that was stopped goes on. With `every_mask`, all choices that the groups allow are
+    recovered too, and the better ones are counted. Writes compare.json, with the figures of every seed, and
+    recoverability.png."""
     masks = [",".join(map(str, kept)) for kept in every_choice(run.groups)] if every_mask else []
-    choices = ["learned", *CRITERIA, *masks]
+    choices = ["learned", "top-n", *CRITERIA, *masks]
     report = progress("compare", len(choices), unit="choices")
     found = {}                                   # {criterion: [kept, loss after pruning, after recovery, toy-FID]}
     for number, name in enumerate(choices):
@@ -2848,9 +2927,13 @@ def compare(run, every_mask=False, seeds=(0, 1, 2)):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def parse_groups(pattern, depth):
-    """"1:2" (repeated to fill the depth) or "2:4,3:4,..." (one after another) to groups [(N, M), ...].
+    """"1:2" (repeated to fill the depth) or "2:4,3:4,..." (one after another) to groups [(N, M), ...], and "14", to keep
+    14 of all blocks, to a pair (14, depth).
 
     Raises ValueError, with the reason, where it is not such a pattern or does not fit `depth` blocks."""
+    if pattern.isdecimal():
+        TopNSampler(int(pattern), depth)         # raises ValueError
+        return int(pattern), depth
     if not re.fullmatch(r"\d+:\d+(,\d+:\d+)*", pattern):
         raise ValueError(f"groups {pattern!r}: not a list of N:M; write 1:2, or one N:M per group as in 2:4,3:4")
     groups = [tuple(map(int, part.split(":"))) for part in pattern.split(",")]
@@ -2902,18 +2985,17 @@ def make_parser(preset):
     add("--teacher-steps", type=int, metavar="N", help="training steps (batches) of a new teacher (%(default)s)")
     add("--teacher-lr", type=float, metavar="X", help="its learning rate (%(default)s)")
     add = parser.add_argument_group("learning which blocks to keep").add_argument
-    add("--groups", default="1:2", metavar="N:M", help="keep N of every M blocks, or 2:4,3:4,... (%(default)s)")
+    add("--groups", default="1:2", metavar="N:M", help="N of every M blocks, or 2:4,3:4,..., or N of all (%(default)s)")
     add("--criterion", default="learned", metavar="NAME", help="how they are chosen: learned, blocks as in 0,2,5, or "
         f"{', '.join(CRITERIA)} (%(default)s)")
     add("--learn-steps", type=int, metavar="N", help="steps of learning (%(default)s)")
     add("--logits-lr", type=float, metavar="X", help="learning rate of the mask's logits (%(default)s)")
-    add("--update", default="lora", metavar="HOW", choices=("lora", "full", "frozen"),
-        help="the weights that train along: lora, full, frozen (%(default)s)")
+    add("--update", default="lora", choices=("lora", "full", "frozen"), help="what trains along (%(default)s)")
     add("--learn-lr", type=float, metavar="X", help="learning rate of that update (%(default)s)")
     add = parser.add_argument_group("recovery").add_argument
     add("--recover-steps", type=int, metavar="N", help="fine-tuning steps of the student (%(default)s)")
     add("--recover-lr", type=float, metavar="X", help="its learning rate (%(default)s)")
-    add("--kd", default="masked", metavar="HOW", choices=KD_MODES, help=f"{', '.join(KD_MODES)} (%(default)s)")
+    add("--kd", default="masked", choices=KD_MODES, help="distillation; none: plain fine-tuning (%(default)s)")
     add = parser.add_argument_group("measuring").add_argument
     add("--samples", type=int, metavar="N", help="images drawn from each model (%(default)s)")
     add("--sample-steps", type=int, metavar="N", help="sampling steps per image (%(default)s)")
