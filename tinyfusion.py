@@ -677,8 +677,8 @@ class LayerSampler(nn.Module):
 
 
 class TopNSampler(nn.Module):
-    """A learnable distribution over the masks that keep n of `depth` blocks, wherever they are: no groups, one logit per
-    block. It goes beyond the paper, and is called as a LayerSampler is.
+    """A learnable distribution over the masks that keep n of `depth` blocks, wherever they are: one logit per block,
+    and no groups. It goes beyond the paper, and is called like a LayerSampler.
 
     A draw is the n largest keys k_i = scale * logit_i + Gumbel noise, which is sampling without replacement
     (arXiv:1903.06059). For the gradient the draw is relaxed to s_i = sigmoid((k_i - c) / tau), where the threshold c is
@@ -847,7 +847,6 @@ def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=
             mask = sampler(batch_size, now, scale)
             mask.register_hook(lambda gradient: arrived.append(True))
             return mask
-
         return loss_fn(model, sample_mask), {"tau": now}
 
     def after(step, metrics):
@@ -998,8 +997,8 @@ def masked_feature_loss(student, teacher, k=2.0):
 
 def match_blocks(groups, kept, cuts=()):
     """Pairs (student block, teacher block) for feature KD: the last kept block of every group, as numbered in the
-    student, with the group's last block, whose output it must stand in for. For 1:2 that is (i, 2i + 1). Without groups,
-    for a pair (N, L), every kept block stands in for all blocks up to the next kept one.
+    student, with the group's last block, whose output it must stand in for. For 1:2 that is (i, 2i + 1). Without
+    groups, for a pair (N, L), every kept block stands in for all blocks up to the next kept one.
 
     A group that keeps no block, as the criteria of Chapter 12 may leave it, has no pair. cuts: indices of blocks where
     the token sequence changes, such as a MAR's first decoder block; a pair never crosses one."""
@@ -1895,9 +1894,9 @@ class VAE:
 
 def encode_images(folder, size, vae, out, settings, batch_size=16):
     """Write `latents.npy` (N, 2, C, h, w), of every image and its mirror image, `labels.npy` and `classes.json` into
-    `out`, from a folder as in `class_files`. The file has its full size from the start; a counter beside it, latents.json, says how
-    many images are in it, and goes when all are. The next call with the same `settings` goes on from there. Raises
-    UserError for other settings, and for a broken image, with its name."""
+    `out`, from a folder as in `class_files`. The file has its full size from the start; a counter beside it,
+    latents.json, says how many images are in it, and goes when all are. The next call with the same `settings` goes on
+    from there. Raises UserError for other settings, and for a broken image, with its name."""
     classes, files = class_files(folder)
     out.mkdir(parents=True, exist_ok=True)
     counter = out / "latents.json"
@@ -2927,10 +2926,9 @@ def compare(run, every_mask=False, seeds=(0, 1, 2)):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def parse_groups(pattern, depth):
-    """"1:2" (repeated to fill the depth) or "2:4,3:4,..." (one after another) to groups [(N, M), ...], and "14", to keep
-    14 of all blocks, to a pair (14, depth).
-
-    Raises ValueError, with the reason, where it is not such a pattern or does not fit `depth` blocks."""
+    """"1:2" (repeated to fill the depth) or "2:4,3:4,..." (one after another) to groups [(N, M), ...]; "14", to keep 14
+    of all blocks, to a pair (14, depth). Raises ValueError, with the reason, where it is not such a pattern or does not
+    fit `depth` blocks."""
     if pattern.isdecimal():
         TopNSampler(int(pattern), depth)         # raises ValueError
         return int(pattern), depth
