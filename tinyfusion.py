@@ -120,7 +120,7 @@ class LabelEmbedder(nn.Module):
         super().__init__()
         rows = num_classes + int(dropout_prob > 0)
         self.embedding_table = nn.Embedding(rows, hidden_size) if hidden_size else nn.Identity()
-        self.num_classes = num_classes           # the official sampler hard-codes 1000, which fits ImageNet alone
+        self.num_classes = num_classes
         self.dropout_prob = dropout_prob
 
     def token_drop(self, labels):
@@ -296,8 +296,9 @@ class DiT(nn.Module):
 
         x (B, C, H, W); t (B,) timesteps, or (1,) where all share one; y (B,) labels, `num_classes` for no class;
         mask (B, L), 1 for a block that is used and 0 for one that is skipped, or None for all (Chapter 3).
-        Returns (B, out_channels, H, W): noise first, then variance. With `hidden`, a collection of block numbers
-        (perhaps empty), it returns a pair: that, and the list of those blocks' outputs (B, T, D), in depth order.
+        Returns (B, out_channels, H, W): noise first, then variance. With `hidden`, a collection of block numbers, even
+        an empty one, it returns two things: that output, and the list of those blocks' outputs (B, T, D), in depth
+        order.
         """
         x = self.x_embedder(x) + self.pos_embed                              # (B, T, D)
         c = self.t_embedder(t) + self.y_embedder(y)                          # (B, D)
@@ -356,7 +357,7 @@ def discretized_gaussian_log_likelihood(x, mean, log_variance):
 
 
 def noise_for(x0, t):
-    """Standard normal noise for images x0 (B, C, H, W) at times t: (len(t), C, H, W), that is B, but for MAR."""
+    """Standard normal noise for images x0 (B, C, H, W) at times t: (len(t), C, H, W). Only in a MAR that is not B."""
     return torch.randn(len(t), *x0.shape[1:], device=x0.device)
 
 
@@ -457,7 +458,7 @@ class GaussianDiffusion(Objective):
         step = self._variance_alone(model_output, x_t, t)
         kl = normal_kl(self._posterior_mean(x0, x_t, t), self._at("log_small", t, x0),
                        step["mean"], step["log_variance"])
-        nll = -discretized_gaussian_log_likelihood(x0, step["mean"], step["log_variance"])   # the last step has no KL
+        nll = -discretized_gaussian_log_likelihood(x0, step["mean"], step["log_variance"])   # for t = 0
         vb = mean_flat(torch.where(t.view(-1, *[1] * (x0.dim() - 1)) == 0, nll, kl)) / math.log(2)
         return {"mse": mse, "vb": vb, "loss": mse + vb}
 
@@ -534,8 +535,9 @@ class GaussianDiffusion(Objective):
 # categorical distribution over the (M choose N) candidates of its group. A draw is discrete and has no gradient. The
 # straight-through Gumbel-Softmax (arXiv:1611.01144) draws it as the arg max of logits + Gumbel noise, and lets the
 # gradient pass as if the arg max had been a softmax of temperature tau. So one backward pass estimates for every
-# candidate, drawn or not, whether the loss would rather have it more often. First comes the forward pass that a mask
-# steers, then the sampler that draws masks.
+# candidate, drawn or not, whether the loss would rather have it more often. For that it needs dL/dm of dropped blocks
+# too, which is why they are run at all while a mask is learned. First comes the forward pass that a mask
+# steers, then the sampler that draws masks, and last one without groups, which the paper does not have.
 # ---------------------------------------------------------------------------------------------------------------------
 
 def masked_forward(blocks, x, *args, mask=None, hidden=()):
@@ -546,10 +548,10 @@ def masked_forward(blocks, x, *args, mask=None, hidden=()):
     with the sum over tokens and channels. Computed as written, this runs every block forward and backward for every
     example. The exact skip (`masked_block`) has the same values and gradients and does less: where m = 0, nothing flows
     back through the block, and its output is needed only as a number, for dL/dm. So a dropped block runs forward
-    without a graph, and not at all backward.
+    without a graph, and not at all backward. Where the mask needs no gradient, it does not run at all.
 
     blocks: any sequence of modules that map (B, ...) to (B, ...), each example by itself; args: further arguments of
-    every block, as in `rows_of`; mask (B, L) of zeros and ones (above and below one half), or None to run all. Returns
+    every block, as in `rows_of`; mask (B, L) of zeros and ones (more than 0.5 counts as 1), or None to run all. Returns
     x and the list of outputs of the blocks whose numbers are in `hidden`, in depth order. A block that no example keeps
     gets no gradient (None) where the formula gives zeros. Raises ValueError where mask is not (B, L).
     Source: the paper's differentiable layer sampling; the skip is ours.
@@ -563,8 +565,10 @@ def masked_forward(blocks, x, *args, mask=None, hidden=()):
         if mask is None:
             x = block(x, *args)
         else:
-            inputs = (x, *args)
-            (x,) = masked_block(lambda part: (block(*rows_of(inputs, part, len(mask))),), (x,), mask[:, i], *rows[i])
+            def run(some):                       # the block for some examples; a tuple of one output
+                return (block(*rows_of((x, *args), some, len(mask))),)
+
+            (x,) = masked_block(run, (x,), mask[:, i], *rows[i])
         if i in hidden:
             features.append(x)
     return x, features
@@ -574,7 +578,7 @@ def kept_and_dropped(mask):
     """For each block of mask (B, L) the indices of the examples that keep it, and of those that drop it: L pairs."""
     keep = mask.detach() > 0.5
     rows = keep.byte().argsort(dim=0, descending=True, stable=True)          # (B, L): a block's kept examples first
-    counts = keep.sum(0).tolist()                # the only wait for a GPU: not one per block
+    counts = keep.sum(0).tolist()                # the program waits for a GPU here; nonzero() would once per block
     return [rows[:, i].split([count, len(mask) - count]) for i, count in enumerate(counts)]
 
 
@@ -588,21 +592,23 @@ def rows_of(arguments, rows, B):
 
 
 def masked_block(run, streams, m, kept, dropped):
-    """One block under its mask: a tuple of inputs (B, ...), of most blocks just one, to a list of outputs (B, ...).
+    """One block under its mask. streams: the inputs (B, ...) that the block changes, mostly one. Returns their list of
+    outputs (B, ...).
 
-    run(rows) returns a tuple of the block's outputs for these examples alone; where it has None for an output, that
-    input passes. m (B,) is the block's column of the mask, kept and dropped as in `kept_and_dropped`."""
-    def through(inputs, rows):                   # the inputs, replaced by the block's outputs in these rows
+    run(rows) returns a tuple of the block's outputs for these examples alone, one per stream, or None for a stream that
+    stays as it is. m (B,) is the block's column of the mask, kept and dropped as in `kept_and_dropped`."""
+    def with_outputs(tensors, rows):             # the tensors, in these rows replaced by what the block returns
         if not len(rows):
-            return inputs
+            return tensors
         return [x if out is None else x.index_copy(0, rows, out.to(x.dtype))             # autocast may change the type
-                for x, out in zip(inputs, run(rows), strict=True)]
+                for x, out in zip(tensors, run(rows), strict=True)]
 
-    outs = through(streams, kept)
+    outs = with_outputs(streams, kept)
     if not (m.requires_grad and torch.is_grad_enabled()):
         return outs
     with torch.no_grad():                        # the dropped rows need no graph
-        changes = [out - x for x, out in zip(streams, through(outs, dropped))]           # block(x) - x, in all rows
+        everywhere = with_outputs(outs, dropped)             # block(x) in all rows
+        changes = [out - x for x, out in zip(streams, everywhere)]
     # Adds exactly 0 if the change is finite, and gives m its gradient: the sum of dL/dx_out * change.
     zero = m - m.detach()
     return [out + zero.view(-1, *[1] * (out.dim() - 1)).to(out.dtype) * change for out, change in zip(outs, changes)]
@@ -635,7 +641,7 @@ class LayerSampler(nn.Module):
     def __init__(self, groups):
         super().__init__()
         self.groups = [tuple(group) for group in groups]
-        for k, (n, m) in enumerate(self.groups):             # float64: no bfloat16 or TF32 can round a mask's gradient
+        for k, (n, m) in enumerate(self.groups):             # float64, which autocast leaves alone
             self.register_buffer(f"candidates{k}", nm_masks(n, m).double(), persistent=False)
         # The published recipe starts all logits at 0.02. A softmax does not see a constant, so this is the same start.
         self.logits = nn.ParameterList([nn.Parameter(torch.zeros(len(c))) for c in self.candidates])
@@ -682,9 +688,10 @@ class TopNSampler(nn.Module):
 
     A draw is the n largest keys k_i = scale * logit_i + Gumbel noise, which is sampling without replacement
     (arXiv:1903.06059). For the gradient the draw is relaxed to s_i = sigmoid((k_i - c) / tau), where the threshold c is
-    chosen so that the s_i sum to n. c moves with the keys: from sum s_i = n follows dc = sum w_j dk_j with weights w_j
-    in proportion to s_j (1 - s_j). So the gradient only ever trades blocks for others. With a constant c all logits
-    would drift together. Raises ValueError unless 1 <= n <= depth."""
+    chosen so that the s_i sum to n. c moves with the keys: differentiating sum s_i = n gives sum s_i (1 - s_i) (dk_i -
+    dc) = 0, so dc = sum w_i dk_i with weights w_i in proportion to s_i (1 - s_i). The gradients of the keys then sum to
+    0: a block gains only what others lose. With a constant c all logits would drift together. Raises ValueError unless
+    1 <= n <= depth."""
 
     def __init__(self, n, depth):
         super().__init__()
@@ -725,7 +732,7 @@ class TopNSampler(nn.Module):
         return self(1000, 1.0, scale, generator).mean(0)
 
     def confidence(self, scale=100.0):
-        """That of the likeliest n blocks, (n,): near 1 when the decision is made."""
+        """The probability (n,) of each of the blocks in `kept` to be kept: near 1 when the decision is made."""
         return self.keep_probability(scale)[self.kept()]
 
     def kept(self):
@@ -733,13 +740,9 @@ class TopNSampler(nn.Module):
         return sorted(self.logits.topk(self.n).indices.tolist())
 
 
-def as_list(groups):
-    """Groups as a list: a pair (N, L) without a list is one large group."""
-    return groups if isinstance(groups, list) else [groups]
-
-
 def make_sampler(groups):
-    """A LayerSampler for a list of groups [(N, M), ...], a TopNSampler for one pair (N, L) without a list."""
+    """Groups are written as a list [(N, M), ...], for a LayerSampler; no groups, to keep N of all L blocks, as one bare
+    (N, L), for a TopNSampler."""
     return LayerSampler(groups) if isinstance(groups, list) else TopNSampler(*groups)
 
 
@@ -747,10 +750,11 @@ def make_sampler(groups):
 # Chapter 4. Recoverability: learning the mask as if fine-tuning had begun
 #
 # The denoising loss of a masked, untouched model says how much dropping those blocks hurts now. We want the loss after
-# the fine-tuning to come. So the same gradient steps, on that loss, train both the logits of the mask and a weight
-# update dPhi. One dPhi for all masks is an approximation: it says how well a mask can recover, roughly and cheaply. It
-# is low-rank (LoRA, arXiv:2106.09685), about 0.9 % of DiT-XL's parameters. After learning it is thrown away, and
-# `prune` applies the likeliest mask to the original weights.
+# the fine-tuning to come. We cannot have it, so we approximate it: gradient steps on the denoising loss train the
+# logits of the mask and, along with them, a weight update dPhi. One dPhi for all masks says how well a mask can
+# recover, roughly and cheaply. It is low-rank (LoRA, arXiv:2106.09685), about 0.9 % of DiT-XL's parameters. After
+# learning it is thrown away, and `prune` applies the likeliest mask to the original weights. (`train`, Chapter 9, is
+# a loop of AdamW; its loss(step) returns a scalar and a dict of numbers to report.)
 # ---------------------------------------------------------------------------------------------------------------------
 
 def is_linear(module):
@@ -774,7 +778,7 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def matrix(self, weight):
-        """A weight of the wrapped layer's shape, as (out, in), and back."""
+        """A weight as (out, in): that of a Linear is, that of a Conv1D is (in, out)."""
         return weight if isinstance(self.base, nn.Linear) else weight.T
 
     def forward(self, x):
@@ -817,8 +821,7 @@ def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=
     loss_fn(model, sample_mask) draws a batch, calls `mask = sample_mask(batch_size)` for its masks (B, L), and returns
     the masked model's loss, a scalar; a model whose forward pass takes no mask gets it by `set_mask`. `update` is
     "lora", "full" (all weights train) or "frozen" (none do): the rows of the paper's Table 4. tau falls linearly from
-    tau[0] to tau[1]: from a quiet gradient to a truer one. Defaults are the paper's for DiT-XL, but no average of the
-    weights is kept, since dPhi is thrown away.
+    tau[0] to tau[1]: from a quiet gradient to a truer one. Defaults are the paper's for DiT-XL.
 
     Works on a copy; `model` stays as it is. prepare(copy) is called before the first step, for example to compile its
     blocks. on_step and loop (`seed`, `state` ...) are those of `train` in Chapter 9. Returns the sampler and its
@@ -838,19 +841,19 @@ def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=
         prepare(model)
     sampler = make_sampler(groups).to(next(model.parameters()).device)
     history = [(0, sampler.keep_probability(scale).tolist())]
-    arrived = []                                 # a sign of every gradient that has reached a mask
+    reached = set()                              # not empty once a gradient has reached a mask
 
     def loss(step):
         now = tau[0] + (tau[1] - tau[0]) * step / max(1, steps - 1)
 
         def sample_mask(batch_size):
             mask = sampler(batch_size, now, scale)
-            mask.register_hook(lambda gradient: arrived.append(True))
+            mask.register_hook(lambda gradient: reached.add(True))
             return mask
         return loss_fn(model, sample_mask), {"tau": now}
 
     def after(step, metrics):
-        if not arrived:
+        if not reached:
             raise ValueError("the loss does not depend on the mask: call sample_mask in loss_fn and use what it gives")
         if (step + 1) % max(1, steps // 200) == 0 or step + 1 == steps:
             history.append((step + 1, sampler.keep_probability(scale).tolist()))
@@ -909,14 +912,15 @@ def prune(model, kept, lists=None):
 
 
 def set_mask(model, mask, lists=None, streams=()):
-    """Run a model that is not ours under a mask (B, L), in place, without touching its code, until the next call; mask
-    None takes it off again. The model is then called as ever, on B examples.
+    """Run a model that is not ours under a mask (B, L), in place, without touching its code, until set_mask is called
+    again; mask None takes it off. The model is called as ever, on B examples, and gradients reach the mask.
 
-    lists as in `blocks_of`. A block may take positional and keyword arguments, per example or shared (`rows_of`): take
-    a batch size that is no shared tensor's first dimension, such as the number of tokens. streams: the names of the
-    arguments that run through the blocks, in the order in which a block returns them, such as ("encoder_hidden_states",
-    "hidden_states") for Flux and SD3; by default the first argument. Caches of keys and values (use_cache=True) are not
-    supported; activation checkpointing is, with use_reentrant=False. Raises ValueError for a mask that does not fit.
+    lists as in `blocks_of`. A block may take positional and keyword arguments, per example or shared (`rows_of`): the
+    batch size must differ from the first dimension of every shared tensor, such as a table (T, D). streams: the names
+    of the arguments that run through the blocks, in the order in which a block returns them, such as
+    ("encoder_hidden_states", "hidden_states") for Flux and SD3; by default the first argument. Caches of keys and
+    values (use_cache=True) are not supported; activation checkpointing is, with use_reentrant=False. Raises ValueError
+    for a mask that does not fit.
 
     Names, modules and state_dict stay as they are: only the blocks' `forward` is replaced."""
     blocks = [block for _, blocks in blocks_of(model, lists) for block in blocks]
@@ -924,7 +928,7 @@ def set_mask(model, mask, lists=None, streams=()):
         before = vars(block).get("forward")
         if getattr(before, "func", None) is forward_masked:                  # the mask set before
             del block.forward
-            if block.forward != before.args[0]:  # it was replaced earlier by somebody else, accelerate for example
+            if block.forward != before.args[0]:  # what we wrapped was not the class's: accelerate replaces it too
                 block.forward = before.args[0]
     if mask is None:
         return
@@ -944,18 +948,19 @@ def forward_masked(forward, streams, m, kept, dropped, *args, **kwargs):
                          f"is called with {list(given)}")
     if any((given | kwargs).get(name) is not None for name in ("cache", "past_key_value", "past_key_values")):
         raise ValueError("a masked block cannot fill a cache: call the model with use_cache=False")
-    tuples = []
+    returns_tuple = None
 
     def run(rows):
+        nonlocal returns_tuple
         some_args, some_kwargs = rows_of((args, kwargs), rows, len(m))
         out = forward(*some_args, **some_kwargs)
-        tuples.append(isinstance(out, tuple))
-        return out if isinstance(out, tuple) else (out,)
+        returns_tuple = isinstance(out, tuple)
+        return out if returns_tuple else (out,)
 
     outs = masked_block(run, inputs, m, kept, dropped)
-    if not tuples:
-        run(dropped[:1])                         # nobody keeps the block: does it return a tuple?
-    return tuple(outs) if tuples[0] else outs[0]
+    if returns_tuple is None:
+        run(dropped[:1])                         # nobody keeps the block: one example shows what it returns
+    return tuple(outs) if returns_tuple else outs[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -965,18 +970,18 @@ def forward_masked(forward, streams, m, kept, dropped, *args, **kwargs):
 # and the student imitates the teacher's output and its hidden states. The latter needs care. A few numbers in a
 # diffusion transformer's hidden states are enormous ("massive activations", arXiv:2402.17762); they dominate a squared
 # error, and training on them diverges (the paper's Table 5). So entries more than k = 2 standard deviations from the
-# mean, in either model, are left out of the loss; the ordinary ones among them are no loss:
+# mean, in either model, are left out. That drops some ordinary entries too, which does no harm:
 #
-#        loss = 0.9 * KD + 0.1 * denoising + beta * features,      beta falling linearly to 0 (no noise variance here)
+#        loss = 0.9 * KD + 0.1 * denoising + beta * features,      beta falling linearly to 0
 #
-# KD (knowledge distillation) is the squared error between the two noise predictions, plus a KL divergence for a learned
-# variance. Denoising is Chapter 2's training loss. Features is the masked error of the hidden states. The constants are
-# the paper's.
+# (This beta is a weight, not the noise variance of Chapter 2.) KD (knowledge distillation) is the squared error between
+# the two noise predictions, plus a KL divergence for a learned variance. Denoising is Chapter 2's training loss.
+# Features is the masked error of the hidden states. The constants are the paper's.
 # ---------------------------------------------------------------------------------------------------------------------
 
 def masked_feature_loss(student, teacher, k=2.0):
     """Mean squared error of two models' hidden states (B, T, D) over the entries where neither is an outlier. A scalar:
-    the mean over examples of the mean over an example's entries, so that equal parts of a batch average to the whole.
+    the mean over examples of the mean over an example's entries, so that a batch can be cut into equal parts.
 
     An entry is an outlier where |h - mean(h)| > k * std(h), mean and std over tokens and channels of one example.
     What is left out is in neither the sum nor the gradient. k = inf leaves nothing out: plain feature KD. Raises
@@ -988,7 +993,7 @@ def masked_feature_loss(student, teacher, k=2.0):
     def inlier(h):
         h = h.detach().float()
         deviation = (h - h.mean((1, 2), keepdim=True)).abs()
-        return ~(deviation > k * h.std((1, 2), keepdim=True))                # not <=: inf * 0 is NaN, and no outlier
+        return ~(deviation > k * h.std((1, 2), keepdim=True))                # inf * 0 is NaN, and no outlier
 
     both = inlier(student) & inlier(teacher)                                 # (B, T, D)
     difference = torch.where(both, student - teacher.detach(), 0)
@@ -998,7 +1003,7 @@ def masked_feature_loss(student, teacher, k=2.0):
 def match_blocks(groups, kept, cuts=()):
     """Pairs (student block, teacher block) for feature KD: the last kept block of every group, as numbered in the
     student, with the group's last block, whose output it must stand in for. For 1:2 that is (i, 2i + 1). Without
-    groups, for a pair (N, L), every kept block stands in for all blocks up to the next kept one.
+    groups, for a bare (N, L), every kept block stands in for all blocks up to the next kept one.
 
     A group that keeps no block, as the criteria of Chapter 12 may leave it, has no pair. cuts: indices of blocks where
     the token sequence changes, such as a MAR's first decoder block; a pair never crosses one."""
@@ -2794,6 +2799,11 @@ def block_scores(model, diffusion, examples, score):
     return torch.stack([torch.cat(scores).mean() for scores in found.values()])
 
 
+def as_list(groups):
+    """Groups as a list; a bare (N, L), which means no groups, counts as one large group."""
+    return groups if isinstance(groups, list) else [groups]
+
+
 def keep_highest(scores, groups):
     """As many blocks as the groups keep in all, those of the highest scores (L,), ascending. The criteria below rank
     all blocks together, so a group may keep more than its N, or none."""
@@ -2905,7 +2915,7 @@ def compare(run, every_mask=False, seeds=(0, 1, 2)):
             dot.append(name)
             better = sum(fids[mask] < fids[name] for mask in masks)
             rows.append([name, " ".join(map(str, kept[0])), spread(pruned, 3), spread(recovered, 4), spread(fid, 1),
-                         f"{better} of {len(masks)}"])
+                         f"{better} of {len(masks)}" if masks else "-"])
     columns = ("kept", "loss_after_pruning", "loss_after_recovery", "fid")
     write_json(run.out / "compare.json", {name: dict(zip(columns, values)) for name, values in found.items()})
     print_table(["method", f"kept blocks (seed {seeds[0]})", "loss after pruning", "loss after recovery",
