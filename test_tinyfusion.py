@@ -16,6 +16,7 @@ import json
 import math
 import os
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -446,6 +447,10 @@ class Elsewhere(Numeric):
         out, sources = run(mask, *inputs), [mask, *inputs, *model.parameters()]
         return [out, *torch.autograd.grad(out.sin().sum(), sources, materialize_grads=True)]
 
+    def run_with(self, **streams):
+        tf.set_mask(self.model, self.mask, "stack", **streams)
+        self.model(*self.inputs)
+
     def masked(self, mask, *inputs):
         tf.set_mask(self.model, mask, **self.STREAMS)
         return self.model(*inputs)
@@ -473,9 +478,13 @@ class Elsewhere(Numeric):
     def test_masks_streams_and_caches_that_do_not_fit_are_refused(self):
         for mask in (self.mask[:, :3], self.mask[0]):
             self.assertRaisesRegex(ValueError, "4 blocks", tf.set_mask, self.model, mask, "stack")
-        self.assertRaisesRegex(ValueError, "expected 5 examples", self.masked, self.mask[:5], *self.inputs)
+        self.assertRaisesRegex(ValueError, "of 5 examples", self.masked, self.mask[:5], *self.inputs)
         self.STREAMS = {"lists": "stack", "streams": ("nonsense",)}
         self.assertRaisesRegex(ValueError, "nonsense", self.masked, self.mask, *self.inputs)
+
+        self.assertRaisesRegex(ValueError, "2 outputs", self.run_with, streams=("x",))
+        tf.set_mask(self.model, self.mask, "stack")
+        self.assertRaisesRegex(ValueError, "runs under a mask", tf.prune, self.model, [0], "stack")
 
         class Cached(nn.Linear):
             def forward(self, x, past_key_values=None):
@@ -493,8 +502,10 @@ class Elsewhere(Numeric):
             return F.mse_loss(model(*self.inputs), target)
         sampler, _ = tf.learn_layers(self.model, loss_fn, [(3, 4)], 60, update="frozen", logits_lr=3e-3)
         self.assertEqual(sampler.kept(), [0, 2, 3])
-        self.assertRaisesRegex(ValueError, "does not depend on the mask", tf.learn_layers, self.model,
-                               lambda model, sample_mask: F.mse_loss(model(*self.inputs), target), [(3, 4)], 5)
+        for update in ("full", "frozen"):
+            self.assertRaisesRegex(ValueError, "does not depend on the mask", tf.learn_layers, self.model,
+                                   lambda model, sample_mask: F.mse_loss(model(*self.inputs), target), [(3, 4)], 5,
+                                   update=update)
 
     def test_a_pruned_list_keeps_its_type_and_the_places_in_it_are_numbered_anew(self):
         for i, block in enumerate(self.model.stack):
@@ -514,6 +525,7 @@ class Elsewhere(Numeric):
             def forward(self, x):
                 return x @ self.weight + self.bias
         model, x = nn.Sequential(Conv1D(5, 3), nn.Sequential(nn.Linear(5, 2))), torch.randn(4, 3)
+        model[1].nf = 8                          # means something else
         before = model(x)
         with contextlib.redirect_stdout(io.StringIO()) as said:
             added = tf.add_lora(model, rank=2, alpha=6, verbose=True)
@@ -1391,7 +1403,8 @@ class Data(InFolder):
         turned.paste(255, (0, 0, 8, 4))          # the upper half is white, the right one after turning
         turned.getexif()[0x0112] = 6
         turned.save(self.folder / "a" / "turned.png", exif=turned.getexif())
-        (self.folder / "b" / ".hidden").write_text("is skipped")
+        (self.folder / "b" / ".hidden").mkdir()
+        (self.folder / "b" / ".hidden" / "file.png").write_text("is skipped")
         data = tf.open_data(self.folder, 8)
         self.assertEqual((data.images.shape, data.images[4, 0, 0, 0].item()), ((10, 3, 8, 8), 128))
         self.assertEqual(data.images[5, :, 0, 0].tolist(), [255, 204, 204], "red on white")
@@ -1443,6 +1456,13 @@ class Data(InFolder):
         whole = next(tf.data_batches(pair, 8, 0, start=3))[0]
         self.assertTrue(torch.equal(torch.cat(found)[:, 0, 0, 0].sort().values, whole[:, 0, 0, 0].sort().values))
 
+    def test_an_odd_exif_entry_does_no_harm(self):
+        odd = struct.pack("<HHL4s", 0x100, 2, 4, b"odd")                     # words in the place of a number
+        turned = struct.pack("<HHLHH", 0x112, 3, 1, 6, 0)
+        exif = b"Exif\0\0II*\0" + struct.pack("<LH", 8, 2) + odd + turned + bytes(4)
+        Image.new("L", (6, 4)).save(self.folder / "a.jpg", exif=exif)
+        self.assertEqual(tf.read_image(self.folder / "a.jpg").shape, (1, 6, 4))
+
     def test_data_that_cannot_be_used_is_refused_with_the_reason(self):
         def refused(folder, reason):
             with self.assertRaisesRegex(tf.UserError, reason):
@@ -1453,6 +1473,8 @@ class Data(InFolder):
             np.save(pair / "latents.npy", content)
             refused(pair, reason)
         np.save(pair / "latents.npy", good)
+        tf.write_json(pair / "classes.json", {"classes": ["a", "b"]})
+        refused(pair, "only 2 names")
         np.save(pair / "labels.npy", np.arange(20) / 2)
         refused(pair, "whole number")
         (features / "11.npy").write_bytes(b"torn")
@@ -1699,8 +1721,14 @@ class Files(InFolder):
             finally:
                 raise RuntimeError("unexpected pos 64 vs 0")
         before = self.path.read_bytes()
-        for write, status in ((full, 2), (interrupted, 130)):
-            self.assertEqual(call(main=lambda _: tf.guarded("x", lambda: tf.write_file(self.path, write)))[0], status)
+        def torch_full(file):
+            try:
+                full(file)
+            finally:
+                raise RuntimeError("unexpected pos 64 vs 0")
+        for write, status in ((full, 2), (torch_full, 2), (interrupted, 130)):
+            ended, _, said = call(main=lambda _: tf.guarded("x", lambda: tf.write_file(self.path, write)))
+            self.assertEqual((ended, "model.pt: disk full; when that is mended" in said), (status, status == 2), said)
             self.assertEqual((self.path.read_bytes(), os.listdir(self.folder)), (before, ["model.pt"]))
 
     def test_checkpoints_of_the_official_layouts_and_ours_load_bit_for_bit(self):
@@ -1880,6 +1908,7 @@ class Laboratory(Quick):
             table = tf.read_json(self.folder / what / "compare.json")
             self.assertEqual((len(table), [len(values) for values in table["top-n"].values()]), (5 + masks, [2] * 4))
         self.refused("--learn-steps 2 (now 3)", TINY, self.folder / "all", *words, "all --learn-steps 3")
+        self.refused("--recover-lr 0.002 (now 0.001)", TINY, self.folder / "all", *words, "all --recover-lr 1e-3")
         hot = [self.folder / "x", "--compare all --teacher-lr 1e8"]
         self.refused("a lower --teacher-lr goes on", TINY, *hot, lines=None)
 
@@ -1942,7 +1971,8 @@ class CommandLine(Quick):
         Image.new("RGB", (20, 30)).save(self.folder / "pets" / "cat" / "00.png")
         self.refused("checksum", TINY, *named)           # the images are others now
         for flags, reason in (("3,2", "ascending"), ("0,12", "0 to 11"), ("oracle --groups 1:4", "one block of every")):
-            self.refused(reason, TINY, self.folder / reason, "--stages teacher,learn --criterion", flags, lines=None)
+            self.refused(reason, TINY, self.folder / reason, "--stages teacher,learn --criterion", flags)
+            self.assertFalse((self.folder / reason).exists(), "said before the work")
 
     def test_a_run_that_diverges_keeps_its_last_state_and_goes_on_with_a_lower_rate(self):
         run, real = self.folder / "run", tf.data_batches
@@ -1956,6 +1986,8 @@ class CommandLine(Quick):
             self.refused("a lower --recover-lr goes on from step 6", *words, lines=None)
         self.assertEqual((tf.TrainingState(run / "recover-state.pt").step, (run / "student.pt").exists()), (6, False))
         self.refused("--teacher-lr 0.01 (now 0.001)", *words, "--teacher-lr 1e-3")
+        for rate in ("1e-9", "2e-3"):            # a stage that has not begun may have any rate
+            self.assertEqual(call(TINY, self.folder / "new", "--stages teacher --recover-lr", rate)[0], 0)
         self.refused("--recover-lr 0.002 (now 1.0)", *words, "--recover-lr 1")
         with mock.patch.object(tf, "recovery_loss", side_effect=KeyboardInterrupt):
             self.assertEqual(call(*words)[0], 130, "the same rate is tried once more, and stopped")
@@ -2016,7 +2048,9 @@ class CommandLine(Quick):
                 ("Not a directory", "--out", self.folder / "file" / "x"), ("class", "--data", self.folder / "empty"),
                 ("nothing", "--data", self.folder / "nothing"), ("64 images are too few", "--batch-size 100"),
                 ("cut into 3 parts", "--accumulate 3"), ("unrecognized", "--nonsense"), ("expected one", "--data"),
-                ("shortgpt", "--criterion best"), ("--vae is for latents", "--vae x"),
+                ("one per token", "--model MAR-toy --sample-steps 17"), ("--samples", "--samples 3"),
+                ("more than 1,000", "--model toy-28 --compare all"), ("shortgpt", "--criterion best"),
+                ("--vae is for latents", "--vae x"),
                 ("toy-FID does not use --ref", "--ref x"),
                 ("--criterion does not use --learn-lr", "--criterion oracle --learn-lr 1"),
                 ("--compare does not use --stages", "--compare all --stages measure"),

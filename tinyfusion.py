@@ -759,7 +759,9 @@ def make_sampler(groups):
 
 def is_linear(module):
     """nn.Linear, or Conv1D of transformers, a linear layer with weight (in, out) and its out as the attribute `nf`."""
-    return isinstance(module, nn.Linear) or (hasattr(module, "nf") and module.weight.shape[-1] == module.nf)
+    weight = getattr(module, "weight", None)
+    conv1d = hasattr(module, "nf") and torch.is_tensor(weight) and weight.dim() == 2 and weight.shape[1] == module.nf
+    return isinstance(module, nn.Linear) or conv1d
 
 
 class LoRALinear(nn.Module):
@@ -815,18 +817,17 @@ def add_lora(model, rank=8, alpha=16.0, verbose=False):
 
 
 def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=16.0, lr=1e-4, logits_lr=1e-3,
-                 tau=(4.0, 0.1), scale=100.0, prepare=None, on_step=None, **loop):
+                 tau=(4.0, 0.1), scale=100.0, prepare=lambda model: None, on_step=lambda step, metrics: None, **loop):
     """Learn which blocks to keep: optimise the logits of `make_sampler(groups)` together with a weight update.
 
     loss_fn(model, sample_mask) draws a batch, calls `mask = sample_mask(batch_size)` for its masks (B, L), and returns
     the masked model's loss, a scalar; a model whose forward pass takes no mask gets it by `set_mask`. `update` is
     "lora", "full" (all weights train) or "frozen" (none do): the rows of the paper's Table 4. tau falls linearly from
-    tau[0] to tau[1]: from a quiet gradient to a truer one. Defaults are the paper's for DiT-XL.
-
-    Works on a copy; `model` stays as it is. prepare(copy) is called before the first step, for example to compile its
-    blocks. on_step and loop (`seed`, `state` ...) are those of `train` in Chapter 9. Returns the sampler and its
-    history, a list of (step, keep_probability). Raises ValueError for an unknown update, a model without trainable
-    weights, or a loss that does not depend on the mask. Source: the paper's joint optimisation of mask and update."""
+    tau[0] to tau[1]: from a quiet gradient to a truer one. Works on a copy; prepare(copy) is called before the
+    first step, for example to compile its blocks. on_step and loop (`seed`, `state` ...) are those of `train`. The
+    defaults are the paper's for DiT-XL. Returns the sampler and its history, a list of (step, keep_probability).
+    Raises ValueError for an unknown update, a model without trainable weights, or a loss that does not depend on the
+    mask. Source: the paper's joint optimisation of mask and update."""
     if update not in ("lora", "full", "frozen"):
         raise ValueError(f"update {update!r}: expected lora, full or frozen")
     model = copy.deepcopy(model).train()
@@ -837,11 +838,11 @@ def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=
     weights = [p for p in model.parameters() if p.requires_grad]
     if not weights and update != "frozen":
         raise ValueError("no weight of the model requires a gradient: nothing to update")
-    if prepare:
-        prepare(model)
+    prepare(model)
     sampler = make_sampler(groups).to(next(model.parameters()).device)
     history = [(0, sampler.keep_probability(scale).tolist())]
-    reached = set()                              # not empty once a gradient has reached a mask
+    reached = set()                              # empty until a gradient has reached a mask
+    unused = ValueError("the loss does not depend on the mask: call sample_mask in loss_fn and use what it gives")
 
     def loss(step):
         now = tau[0] + (tau[1] - tau[0]) * step / max(1, steps - 1)
@@ -850,18 +851,20 @@ def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=
             mask = sampler(batch_size, now, scale)
             mask.register_hook(lambda gradient: reached.add(True))
             return mask
-        return loss_fn(model, sample_mask), {"tau": now}
+        value = loss_fn(model, sample_mask)
+        if not value.requires_grad:
+            raise unused
+        return value, {"tau": now}
 
     def after(step, metrics):
         if not reached:
-            raise ValueError("the loss does not depend on the mask: call sample_mask in loss_fn and use what it gives")
+            raise unused
         if (step + 1) % max(1, steps // 200) == 0 or step + 1 == steps:
             history.append((step + 1, sampler.keep_probability(scale).tolist()))
-        if on_step:
-            on_step(step, metrics | {"confidence": sampler.confidence(scale).mean()})
+        on_step(step, metrics | {"confidence": sampler.confidence(scale).mean()})
 
-    params = [{"params": list(sampler.parameters()), "lr": logits_lr}, {"params": weights, "lr": lr}]
-    train(model, loss, steps, params=params, on_step=after, record=history, **loop)
+    both = [{"params": list(sampler.parameters()), "lr": logits_lr}, {"params": weights, "lr": lr}]
+    train(model, loss, steps, params=both, on_step=after, record=history, **loop)
     return sampler, history
 
 
@@ -877,28 +880,35 @@ def masked_denoising(diffusion, batches):
 
 
 def blocks_of(model, lists=None):
-    """[(name, ModuleList or Sequential), ...] of the block lists of a model: those named, such as "encoder.layers" or
-    ["a", "b"], else model.block_lists, else "blocks". Several lists have one numbering of blocks through all of them.
-    Raises AttributeError for a name that the model does not have."""
+    """The block lists of a model, each a ModuleList or Sequential: those named, such as "encoder.layers" or ["a", "b"],
+    else model.block_lists, else "blocks". Several lists have one numbering of blocks through all of them. Raises
+    AttributeError for a name that the model does not have."""
     lists = lists or getattr(model, "block_lists", "blocks")
-    return [(name, model.get_submodule(name)) for name in ([lists] if isinstance(lists, str) else lists)]
+    return [model.get_submodule(name) for name in ([lists] if isinstance(lists, str) else lists)]
+
+
+def check_kept(kept, depth):
+    """Raise ValueError unless `kept` is an ascending list of blocks of a model of this depth."""
+    if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= depth:
+        raise ValueError(f"kept blocks {kept}: expected different numbers from 0 to {depth - 1}, ascending")
 
 
 def prune(model, kept, lists=None):
     """A shallower copy of `model`: only the blocks numbered in `kept`, everything else the same, weights untouched.
 
-    lists as in `blocks_of`. An attribute `layer_idx` inside a block, by which a transformer finds its place in a cache
-    of keys and values, is renumbered where it was the block's place in its list. Your job: a depth in a configuration
-    (config.num_layers), attention that is scaled by layer_idx, and parts of the model that read a certain block, as the
-    head of diffusers' DiT reads block 0's embedding. Raises ValueError unless `kept` is ascending and within the depth.
-    Source: the paper; dPhi is not in the result."""
+    lists as in `blocks_of`; the blocks left in one are numbered anew. So is an attribute `layer_idx` inside a block, by
+    which a transformer finds its place in a cache of keys and values, where it was the block's place in its list. Your
+    job: a depth in a configuration (config.num_layers), attention that is scaled by layer_idx, and parts of the model
+    that read a certain block, as the head of diffusers' DiT reads block 0's embedding. Raises ValueError as
+    `check_kept` does, and for a model under a mask. Source: the paper; dPhi is not in the result."""
     kept = [int(i) for i in kept]
-    depth = sum(len(blocks) for _, blocks in blocks_of(model, lists))
-    if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= depth:
-        raise ValueError(f"kept blocks {kept}: expected different numbers from 0 to {depth - 1}, ascending")
+    every = [block for blocks in blocks_of(model, lists) for block in blocks]
+    check_kept(kept, len(every))
+    if any(is_masked(block) for block in every):
+        raise ValueError("the model runs under a mask: call set_mask(model, None) before prune")
     pruned = copy.deepcopy(model)
     first = 0                                    # the number of a list's first block
-    for _, blocks in blocks_of(pruned, lists):
+    for blocks in blocks_of(pruned, lists):
         places = [i - first for i in kept if 0 <= i - first < len(blocks)]   # the old places of this list's blocks
         first += len(blocks)
         for place in reversed(range(len(blocks))):
@@ -909,6 +919,11 @@ def prune(model, kept, lists=None):
                 if getattr(module, "layer_idx", None) == old:
                     module.layer_idx = place
     return pruned
+
+
+def is_masked(block):
+    """Whether a block runs under `set_mask`."""
+    return getattr(vars(block).get("forward"), "func", None) is forward_masked
 
 
 def set_mask(model, mask, lists=None, streams=()):
@@ -923,10 +938,10 @@ def set_mask(model, mask, lists=None, streams=()):
     for a mask that does not fit.
 
     Names, modules and state_dict stay as they are: only the blocks' `forward` is replaced."""
-    blocks = [block for _, blocks in blocks_of(model, lists) for block in blocks]
+    blocks = [block for blocks in blocks_of(model, lists) for block in blocks]
     for block in blocks:
-        before = vars(block).get("forward")
-        if getattr(before, "func", None) is forward_masked:                  # the mask set before
+        if is_masked(block):
+            before = block.forward
             del block.forward
             if block.forward != before.args[0]:  # what we wrapped was not the class's: accelerate replaces it too
                 block.forward = before.args[0]
@@ -943,9 +958,9 @@ def forward_masked(forward, streams, m, kept, dropped, *args, **kwargs):
     given = inspect.signature(forward).bind(*args, **kwargs).arguments
     names = streams or list(given)[:1]
     inputs = [given.get(name) for name in names]
-    if any(x is None or len(x) != len(m) for x in inputs):
-        raise ValueError(f"expected {len(m)} examples, one per row of the mask, in the streams {names} of a block that "
-                         f"is called with {list(given)}")
+    if not all(torch.is_tensor(x) and len(x) == len(m) for x in inputs):
+        raise ValueError(f"expected tensors of {len(m)} examples, one per row of the mask, in the streams {names} of a "
+                         f"block that is called with {list(given)}")
     if any((given | kwargs).get(name) is not None for name in ("cache", "past_key_value", "past_key_values")):
         raise ValueError("a masked block cannot fill a cache: call the model with use_cache=False")
     returns_tuple = None
@@ -955,7 +970,10 @@ def forward_masked(forward, streams, m, kept, dropped, *args, **kwargs):
         some_args, some_kwargs = rows_of((args, kwargs), rows, len(m))
         out = forward(*some_args, **some_kwargs)
         returns_tuple = isinstance(out, tuple)
-        return out if returns_tuple else (out,)
+        outs = out if returns_tuple else (out,)
+        if len(outs) != len(names):
+            raise ValueError(f"a block returns {len(outs)} outputs, but the streams are {names}")
+        return outs
 
     outs = masked_block(run, inputs, m, kept, dropped)
     if returns_tuple is None:
@@ -1616,7 +1634,7 @@ def images_of(path):
         return (torch.from_numpy(read_image(file)[None].copy()) for file in files_in(path))
     images = load_arrays(path).get("arr_0", np.zeros(0)) if Path(path).suffix == ".npz" else np.zeros(0)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise UserError(f"{path}: its arr_0 is {images.dtype} {images.shape}; expected uint8 images (N, H, W, 3)")
+        raise UserError(f"{path}: expected a folder of images, or an .npz file with uint8 arr_0 (N, H, W, 3)")
     return torch.from_numpy(images).permute(0, 3, 1, 2).split(50)
 
 
@@ -1775,11 +1793,13 @@ def read_image(path, size=None):
     that square. It is turned as its EXIF data say, and what is transparent is white. Raises UserError, with the file's
     name, where it is not a whole image of 8 or 16 bits."""
     with reading(path, "a whole image; repair or replace it"), Image.open(path) as image:
+        image.getexif()                          # read and kept; the bytes go, or odd ones among them would be errors
+        image.info.pop("exif", None)
+        image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):        # 16 bits a pixel: Pillow's own conversion would clip, not scale
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode in ("I", "F"):
             raise ValueError(f"pixels of mode {image.mode} have no known range")
-        image = ImageOps.exif_transpose(image)
         grey = image.mode in ("1", "L", "LA")
         if image.has_transparency_data:
             image = image.convert("RGBA")
@@ -1791,7 +1811,10 @@ def read_image(path, size=None):
 
 def files_in(folder):
     """The files in a folder and its sub-folders, sorted, hidden ones left out. Raises UserError where there is none."""
-    files = sorted(path for path in Path(folder).rglob("[!.]*") if path.is_file())
+    def hidden(path):
+        return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file() and not hidden(path))
     if not files:
         raise UserError(f"{folder}: no such folder, or no images in it")
     return files
@@ -1835,6 +1858,8 @@ def open_latents(latents, labels, folder):
     classes = [str(i) for i in range(labels.max() + 1)]
     if (folder / "classes.json").exists():
         classes = read_json(folder / "classes.json", "classes")["classes"]
+    if len(classes) <= labels.max():
+        raise UserError(f"{folder}: a label {labels.max()}, but only {len(classes)} names in classes.json")
     return Dataset(latents, torch.from_numpy(labels.astype(np.int64)), classes)
 
 
@@ -2188,10 +2213,11 @@ def write_file(path, write):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error}; when that is mended, the same command goes on") from None
-        except RuntimeError as error:            # torch.save hides a full disk and Ctrl-C behind one of its own
-            raise error.__context__ or error
+        except (OSError, RuntimeError) as error:
+            cause = error if isinstance(error, OSError) else error.__context__ or error      # torch.save hides it
+            if isinstance(cause, OSError):
+                cause = UserError(f"cannot write {path}: {cause}; when that is mended, the same command goes on")
+            raise cause from None
         finally:
             temporary.unlink(missing_ok=True)
     gather(None)
@@ -2506,6 +2532,18 @@ class Run:
         if args.batch_size % parts or self.batch_size("learn") % parts or args.samples % world_size():
             raise UserError(f"--batch-size {args.batch_size} ({self.batch_size('learn')} while learning) cannot be cut "
                             f"into {parts} parts, or --samples {args.samples} into {world_size()}")
+        if args.criterion[0].isdecimal():
+            check_kept([int(block) for block in args.criterion.split(",")], len(model.blocks))
+        if args.criterion == "oracle":
+            oracle(model, self.groups)                       # raises ValueError for groups that do not fit
+        if args.compare == "all":
+            every_choice(self.groups)                        # the same
+        if args.objective == "ddpm":
+            self.diffusion.respaced(args.sample_steps)       # the same for steps
+        if args.objective == "mar" and args.sample_steps > model.num_tokens:
+            raise UserError(f"--sample-steps {args.sample_steps}: expected up to {model.num_tokens}, one per token")
+        if args.samples < 4:
+            raise UserError(f"--samples {args.samples}: expected 4 or more")
         if args.vae and not data.latent:
             raise UserError("--vae is for latents: leave it out")
         if data.latent and "measure" in args.stages and not (args.vae and args.inception and args.ref):
@@ -2521,12 +2559,19 @@ class Run:
             except BlockingIOError:
                 self.lock_file.seek(0)
                 raise UserError(f"{self.out} is in use by process {self.lock_file.read()}") from None
+            except OSError:                      # a file system without locks
+                return
             self.lock_file.truncate(0)
             print(os.getpid(), end="", file=self.lock_file, flush=True)
 
+    def has(self, name):
+        """Whether there is a file of this name, in the folder or in a branch of it."""
+        return any(self.out.glob(name)) or any(self.out.glob(f"compare-*/*/{name}"))
+
     def claim(self):
         """Write settings.json, or raise UserError where the folder has other settings. Data and checkpoint are known by
-        their content. The learning rate of a stage that is not finished, such as one that diverged, may be lowered."""
+        their content. The learning rate of a stage that has not begun may change, and that of one that is not finished,
+        such as one that diverged, may be lowered."""
         path = self.out / "settings.json"
         settings = {name: getattr(self.args, name) for name in RECIPE}
         settings["data"] = self.data.describe()
@@ -2534,8 +2579,9 @@ class Run:
         if path.exists():
             saved = read_json(path, *RATES)
             for rate, stage in RATES.items():
-                if not (self.out / RESULTS[stage]).exists():
-                    saved[rate] = min(saved[rate], settings[rate])
+                if not self.has(RESULTS[stage]):
+                    begun = self.has(f"{stage}-state.pt")
+                    saved[rate] = min(saved[rate], settings[rate]) if begun else settings[rate]
             refuse_changes(path, saved, settings)
         write_json(path, settings)
 
@@ -2644,7 +2690,6 @@ def stage_learn(run, path):
         kept = CRITERIA[args.criterion](teacher, run.groups, run.diffusion, run.examples)
     else:
         kept = [int(block) for block in args.criterion.split(",")]
-    prune(teacher, kept)                         # raises ValueError for blocks that are not there
     write_json(path, {"kept": kept, **result})
     print(f"kept blocks {kept} of {len(teacher.blocks)}")
 
@@ -2674,7 +2719,8 @@ def stage_measure(run, path):
     by_class = data.labels.argsort(stable=True)
     labels = data.labels[by_class[torch.linspace(0, len(by_class) - 1, run.args.samples).long()]]
     look, real, accuracy = run.judge
-    folder = run.out / f"measure-{zlib.crc32(str(run.conditions).encode()):08x}-{checksum(models['student'])}"
+    conditions = zlib.crc32(str((run.conditions, world_size())).encode())
+    folder = run.out / f"measure-{conditions:08x}-{checksum(models['student'])}"
     folder.mkdir(exist_ok=True)
     rows, stats = measure(models, labels, draw, look, real, folder)
     for name, model in models.items():
@@ -3036,7 +3082,7 @@ def refuse_unread(args, argv):
             (args.compare, "--compare", {"--stages", "--criterion"}),
             (args.ckpt, "--ckpt", {"--teacher-steps", "--teacher-lr"}),
             (args.criterion != "learned", "--criterion", {"--learn-steps", "--learn-lr", "--logits-lr", "--update"}),
-            ("measure" not in args.stages, "--stages without measure", {f"--{name}" for name in CONDITIONS}),
+            ("measure" not in args.stages, "--stages without measure", {"--samples", "--inception", "--ref", "--vae"}),
             (not args.inception and not args.fid, "toy-FID", {"--ref"})):
         if applies and given & unread:
             raise UserError(f"{what} does not use {', '.join(sorted(given & unread))}: leave it out")
@@ -3091,12 +3137,14 @@ def guarded(prog, body):
     try:
         body()
         return 0
-    except (MemoryError, torch.OutOfMemoryError):
-        words = "out of memory; try --accumulate 2 or a smaller batch"
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        words = "out of memory; --accumulate 2 helps in training, a smaller --batch-size everywhere"
     except (ValueError, OSError) as error:       # the functions above say in a ValueError what is wrong with input
         words = " ".join(str(error).split())
     except KeyboardInterrupt:
-        print(f"\n{prog}: stopped; all files are whole, and the same command goes on", file=sys.stderr)
+        print(f"\n{prog}: stopped; all files are whole, and the same command takes a run up again", file=sys.stderr)
         return 130
     print(f"{prog}: {words}", file=sys.stderr)
     return 2
