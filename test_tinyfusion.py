@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import importlib.util
 import inspect
 import io
 import itertools
@@ -381,9 +382,7 @@ class Heart(Numeric):
         self.assertEqual((len(teacher.encoder.layers), len(student.encoder.layers)), (6, 3))
         self.assertGreater(min(right), 0.9, right)
         self.assertGreater(right[1], before)
-        try:
-            import diffusers                     # noqa: F401
-        except ImportError:
+        if importlib.util.find_spec("diffusers") is None:
             self.skipTest("the example of diffusers needs pip install diffusers")
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
             exec(theirs, names := {})
@@ -1612,7 +1611,7 @@ class Training(InFolder):
             for counts in (graphs, calls, expected):
                 counts.clear()
             loss_fn = tf.masked_denoising(diffusion, tf.data_batches(data, 12, 0))
-            tf.learn_layers(teacher, loss_fn, [(1, 2)] * 2, 20, prepare=tf.compile_blocks)
+            tf.learn_layers(teacher, loss_fn, [(1, 2)] * 2, 10, prepare=tf.compile_blocks)
             self.assertEqual((len(calls), len(graphs) <= 8), (sum(expected), True), len(graphs))
             student = tf.prune(teacher, [0, 3])
             before = len(calls)

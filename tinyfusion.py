@@ -2398,7 +2398,8 @@ def draw_samples(path, rows, names):
     width, height = grids[0].size
     sheet = Image.new("RGB", (200 + width, 30 + len(rows) * (height + 8)), "white")
     for i, name in enumerate(names):
-        text(sheet, (190 + (i + 0.5) * width / len(names), 24), name[:7], anchor="ms")
+        short = name if len(name) <= 7 else name[:6] + "…"
+        text(sheet, (190 + (i + 0.5) * width / len(names), 24), short, anchor="ms")
     for i, (title, _) in enumerate(rows):
         y = 30 + i * (height + 8)
         sheet.paste(grids[i], (190, y))
@@ -2439,16 +2440,15 @@ def draw_recoverability(path, dots):
         x, y = (np.log([loss, fid]) - low) / (high - low) * side
         return left + x, top + side - y
 
-    for tick in [digit * 10.0 ** power for power in range(-5, 6) for digit in (1, 2, 3, 5, 7)]:
-        x, y = place(tick, tick)
-        if left <= x <= left + side:
-            text(sheet, (x, top + side + 20), f"{tick:g}", anchor="ms")
-        if top <= y <= top + side:
-            text(sheet, (left - 10, y), f"{tick:g}", anchor="rm")
+    for share in (0, 0.25, 0.5, 0.75, 1):        # of both axes
+        loss, fid = np.exp(low + share * (high - low))
+        x, y = place(loss, fid)
+        text(sheet, (x, top + side + 20), f"{loss:.2g}", anchor="ms")
+        text(sheet, (left - 10, y), f"{fid:.2g}", anchor="rm")
     for dot, names in sorted(dots.items(), key=lambda dot: len(dot[1])):     # the named ones on top
         x, y = place(*dot)
         radius = 5 if names else 3
-        colour = (205, 60, 20) if "learned" in names else (18, 62, 130) if names else (170, 178, 190)
+        colour = (205, 60, 20) if {"learned", "top-n"} & set(names) else (18, 62, 130) if names else (170, 178, 190)
         ImageDraw.Draw(sheet).ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
         text(sheet, (x + 8, y - 4), ", ".join(names), anchor="ls", size=12, fill=colour)
     text(sheet, (left - 60, 30), "toy-FID after recovery (logarithmic, lower is better)", anchor="ls")
