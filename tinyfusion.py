@@ -2527,7 +2527,7 @@ class Run:
             raise UserError(f"--ckpt takes {expected} in up to {model.num_classes} classes; --data has {data.shape} in "
                             f"{len(data.classes)} (latents are made by --encode)")
         if len(data.labels) < max(20, args.batch_size):
-            raise UserError(f"{len(data.labels)} images are too few: expected 20, and --batch-size {args.batch_size}")
+            raise UserError(f"{len(data.labels)} images are too few: expected 20, and no larger --batch-size")
         parts = world_size() * args.accumulate
         if args.batch_size % parts or self.batch_size("learn") % parts or args.samples % world_size():
             raise UserError(f"--batch-size {args.batch_size} ({self.batch_size('learn')} while learning) cannot be cut "
@@ -2787,8 +2787,7 @@ def print_results(results):
     print_table(["model", *(names.get(key, key) for key in results["rows"]["student"])], rows)
     print("\n" + ", ".join(f"{name} {value}" for name, value in results["conditions"].items() if value is not None))
     if toy:
-        print(f"By a small classifier trained on this data, {results['judge_accuracy']:.1%} right on held-out images: "
-              "a toy-FID is no FID.")
+        print("Measured by a small classifier trained on this data: a toy-FID is no FID.")
     elif results["conditions"]["samples"] < 2048:
         print("warning: an FID of fewer than 2,048 images is far too high")
 
