@@ -6,6 +6,7 @@ python test_tinyfusion.py --bench    no tests: how fast it is, against the plain
 """
 
 import argparse
+import ast
 import contextlib
 import copy
 import functools
@@ -16,6 +17,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -391,6 +393,39 @@ class Heart(Numeric):
         self.assertTrue(all(torch.equal(student[name], again[name]) for name in student))
 
 
+    def test_what_the_readme_says_can_be_copied_works_alone(self):
+        """Each group of functions, with the imports that the README names and nothing else of the file."""
+        source = Path(tf.__file__).read_text()
+        parts = {node.name: "\n".join(source.splitlines()[node.lineno - 1:node.end_lineno])
+                 for node in ast.parse(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        readme = (HERE / "README.md").read_text().split("To copy code:")[1].split("## Limits")[0]
+        common = "import torch\nimport torch.nn as nn\nimport torch.nn.functional as F\n"
+        common += "from torch.utils._pytree import tree_map\n"
+        done, modules = [], {}
+        for group in re.split(r"\.\s+", readme.split("`learn_layers`:")[0].strip().strip(".")):
+            names, imports = re.findall(r"`(\w+)`", group), group.split(":")[1].replace("these", "math, itertools")
+            names += done[0] if "these" in group else []
+            done.append(names)
+            code = common * ("torch" in imports or "these" in group) + "".join(
+                f"import {name.strip()}\n" for name in imports.split(",") if name.strip() != "torch")
+            exec(code + "\n\n".join(parts[name] for name in names), modules.setdefault(names[0], {}))
+        blocks, x = nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)]), torch.randn(6, 3, 4)
+        heart = modules["LayerSampler"]
+        for sampler in (heart["LayerSampler"]([(1, 2)] * 2), heart["TopNSampler"](2, 4)):
+            mask = sampler(6)
+            close(heart["masked_forward"](blocks, x, mask=mask)[0], dense_forward(blocks, x, mask))
+        model = nn.ModuleDict({"blocks": copy.deepcopy(blocks)})
+        modules["set_mask"]["set_mask"](model, mask.detach())
+        close(model["blocks"](x), dense_forward(blocks, x, mask))
+        self.assertRaisesRegex(ValueError, "under a mask", modules["prune"]["prune"], model, [0, 2])
+        modules["set_mask"]["set_mask"](model, None)
+        self.assertEqual(len(modules["prune"]["prune"](model, [0, 2])["blocks"]), 2)
+        self.assertEqual(len(modules["add_lora"]["add_lora"](model)), 8)
+        kd = modules["masked_feature_loss"]
+        self.assertGreater(kd["masked_feature_loss"](x, x + 1), 0)
+        self.assertEqual(kd["match_blocks"]([(1, 2)] * 2, [0, 3]), [(0, 1), (1, 3)])
+
+
 class TwoStreams(nn.Module):
     """Called as a block of Flux or SD3 is: keywords, a table that all examples share, per-example tensors in a dict, a
     tuple of two streams as its output, the first None in the last block."""
@@ -464,7 +499,7 @@ class Elsewhere(Numeric):
         tf.set_mask(self.model, None, "stack")
         close(out, tf.prune(self.model, [0, 3], "stack")(*self.inputs))
         self.assertTrue(torch.equal(self.model(*self.inputs), before))
-        self.assertFalse(any("forward" in vars(block) for block in self.model.stack))
+        self.assertFalse(any({"forward", "unmasked_forward"} & vars(block).keys() for block in self.model.stack))
 
     def test_a_mask_put_on_over_a_forward_replaced_by_somebody_else_gives_that_back(self):
         block = self.model.stack[0]

@@ -34,7 +34,9 @@ How to run (the README has full scale and the rest).
     python sample.py --ckpt runs/toy/student.pt
 
 Letters in the shape comments: B examples, T tokens, D width of a token, L blocks, K groups of blocks, N of M blocks
-kept in a group; C channels of an image or latent, H, W its height and width, P side of a patch.
+kept in a group; C channels of an image or latent, H, W its height and width, P side of a patch. A latent is a small
+image of codes, which an autoencoder makes of a large one (Chapter 8). SiT and MAR are two more kinds of model that
+share some of DiT's parts (Chapter 6).
 
 Chapters.
     1 The model: DiT           5 Recovery: masked KD        9 The training loop      13 The command line
@@ -536,8 +538,8 @@ class GaussianDiffusion(Objective):
 # straight-through Gumbel-Softmax (arXiv:1611.01144) draws it as the arg max of logits + Gumbel noise, and lets the
 # gradient pass as if the arg max had been a softmax of temperature tau. So one backward pass estimates for every
 # candidate, drawn or not, whether the loss would rather have it more often. For that it needs dL/dm of dropped blocks
-# too, which is why they are run at all while a mask is learned. First comes the forward pass that a mask
-# steers, then the sampler that draws masks, and last one without groups, which the paper does not have.
+# too, which is why they are run at all while a mask is learned. First comes the forward pass that a mask steers, then
+# the sampler that draws masks, and last one without groups, which the paper does not have.
 # ---------------------------------------------------------------------------------------------------------------------
 
 def masked_forward(blocks, x, *args, mask=None, hidden=()):
@@ -584,7 +586,8 @@ def kept_and_dropped(mask):
 
 def rows_of(arguments, rows, B):
     """The arguments of a block for the examples number `rows` alone. Tensors (B, ...), also inside tuples, lists and
-    dicts, are per example; everything else is shared by all examples and stays whole."""
+    dicts, are per example; everything else is shared by all examples and stays whole. So no shared tensor may have B as
+    its first dimension."""
     def pick(value):
         per_example = torch.is_tensor(value) and value.shape[:1] == (B,)
         return value.index_select(0, rows) if per_example else value
@@ -923,7 +926,7 @@ def prune(model, kept, lists=None):
 
 def is_masked(block):
     """Whether a block runs under `set_mask`."""
-    return getattr(vars(block).get("forward"), "func", None) is forward_masked
+    return "unmasked_forward" in vars(block)
 
 
 def set_mask(model, mask, lists=None, streams=()):
@@ -941,16 +944,17 @@ def set_mask(model, mask, lists=None, streams=()):
     blocks = [block for blocks in blocks_of(model, lists) for block in blocks]
     for block in blocks:
         if is_masked(block):
-            before = block.forward
             del block.forward
-            if block.forward != before.args[0]:  # what we wrapped was not the class's: accelerate replaces it too
-                block.forward = before.args[0]
+            before = vars(block).pop("unmasked_forward")
+            if block.forward != before:          # what we replaced was not the class's: accelerate replaces it too
+                block.forward = before
     if mask is None:
         return
     if mask.dim() != 2 or mask.shape[1] != len(blocks):
         raise ValueError(f"mask is {tuple(mask.shape)}, expected (examples, {len(blocks)} blocks)")
     for block, m, rows in zip(blocks, mask.unbind(1), kept_and_dropped(mask)):
-        block.forward = functools.partial(forward_masked, block.forward, streams, m, *rows)
+        block.unmasked_forward = block.forward
+        block.forward = functools.partial(forward_masked, block.unmasked_forward, streams, m, *rows)
 
 
 def forward_masked(forward, streams, m, kept, dropped, *args, **kwargs):
@@ -1398,7 +1402,9 @@ class MaskedAutoregression(Objective):
         draw(*shape): noise (B, *shape). Guidance acts on all of a token and grows linearly with the share of drawn
         tokens; head_steps: steps of the head's diffusion; temperature: a factor of its noise; dtype: of the blocks.
         Raises ValueError for more steps than tokens, or none."""
-        T, P, size = self.num_tokens, model.patch_size, model.input_size
+        T = self.num_tokens
+        P = model.patch_size
+        size = model.input_size
         if not 1 <= steps <= T:
             raise ValueError(f"{steps} sampling steps: expected 1 to {T}, because each step draws at least one token")
         token_dim = model.in_channels * P * P
@@ -2412,7 +2418,8 @@ def draw_decisions(path, history, groups, kept):
     (step, probabilities (L,)), from `learn_layers`."""
     p = np.array([probabilities for _, probabilities in history]).T          # (L, points)
     heat = ImageOps.colorize(Image.fromarray((255 * p).astype(np.uint8)), (244, 246, 250), (18, 62, 130))
-    left, top, width, height = 70, 50, 600, 26 * len(p)
+    left, top = 70, 50                           # corner of the heat map
+    width, height = 600, 26 * len(p)
     sheet = Image.new("RGB", (left + width + 90, top + height + 40), "white")
     sheet.paste(heat.resize((width, height), Image.Resampling.NEAREST), (left, top))
     text(sheet, (left, 14), "Probability that a block is kept (dark: 1, light: 0) while the mask is learned", size=16)
@@ -2430,7 +2437,8 @@ def draw_decisions(path, history, groups, kept):
 def draw_recoverability(path, dots):
     """recoverability.png: the loss after pruning against the toy-FID after recovery, both axes logarithmic. dots:
     {(loss, toy-FID): names} of every choice of blocks that was recovered."""
-    left, top, side = 90, 50, 560
+    left, top = 90, 50                           # corner of the plot
+    side = 560
     sheet = Image.new("RGB", (left + side + 130, top + side + 70), "white")
     ImageDraw.Draw(sheet).rectangle((left, top, left + side, top + side), outline=(200, 205, 215))
     low = np.log(np.min(list(dots), axis=0) / 1.2)                           # (2,), of both axes
