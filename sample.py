@@ -5,8 +5,7 @@
     python sample.py --ckpt runs/toy/student.pt --num-images 5000 --npz a.npz         an ADM batch, for any FID program
     python sample.py --ckpt TinyDiT-D14.pt --vae stabilityai/sd-vae-ft-ema --labels 207,360,387
 
-Checkpoints of facebookresearch/DiT, SiT (add --model SiT-XL/2), LTH14/mar and the public TinyFusion code work too.
-Image i of a seed is the same whatever the batch size, on any device, but for the last bits of matrix products.
+Official checkpoints work too (SiT: add --model SiT-XL/2). Image i of a seed does not depend on the batch size.
 """
 
 import inspect
@@ -107,7 +106,8 @@ def run(args):
     elif args.npz:
         write_file(args.npz, lambda file: np.savez(file, latents=images.numpy()))
     else:
-        write_png(args.out, image_grid(images, len(chosen) if 1 < len(chosen) <= 20 else math.ceil(math.sqrt(N))))
+        names = [(checkpoint["classes"][y], y) for y in labels.tolist()]
+        write_png(args.out, image_grid(images, len(chosen) if 1 < len(chosen) <= 20 else math.ceil(N ** 0.5), names))
     print(f"{N} images, {settings}: {target}")
 
 

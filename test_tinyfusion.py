@@ -1744,6 +1744,21 @@ class Files(InFolder):
         self.path = self.folder / "model.pt"
         tf.save_checkpoint(self.path, tiny_dit(), "ddpm", {"steps": 3, "guidance": 1.0, "eta": 1.0}, ["a", "b", "c"])
 
+    def test_pictures_cut_long_class_names_number_foreign_ones_and_drop_the_losses_of_a_run_begun_again(self):
+        self.assertEqual([tf.fitting(word, 60, 7) for word in ("cat", "Käse", "日本")], ["cat", "7", "7"])
+        cut = tf.fitting("hippopotamus", 60, 7)
+        self.assertTrue(cut.endswith("…") and "hippopotamus".startswith(cut[:-1]) and len(cut) > 4, cut)
+        grid = tf.image_grid(torch.zeros(4, 1, 32, 32, dtype=torch.uint8), 2, [("a", 0)] * 4)
+        self.assertEqual(grid.size, (2 * 66, 2 * 84), "small images are magnified, and their classes stand above them")
+        steps = [1, 2, 3, 4, 2, 3]               # stopped after step 4, and gone on from step 1
+        lines = [json.dumps({"stage": "recover", "step": step, "loss": 9.0, "denoising": step}) for step in steps]
+        (self.folder / "log.jsonl").write_text("\n".join([*lines, '{"stage": "rec']))
+        with mock.patch.object(tf, "axes", wraps=tf.axes) as axes:
+            tf.draw_losses(self.folder / "losses.png", self.folder / "log.jsonl")
+        self.assertEqual(axes.call_args.args[4], [(1, 1), (2, 2), (3, 3)])
+        self.assert_picture(self.folder / "losses.png")
+        self.assertEqual(tf.spread([1.0], 1), "1.0 (1 seed)")
+
     def test_a_full_disk_or_a_signal_amid_a_write_leaves_the_old_file_and_no_other(self):
         def full(file):
             file.write(b"new")
@@ -1819,7 +1834,7 @@ class Files(InFolder):
             torch.save(content, folder / f"{name}.pt")
         for name, content in (("torn", self.path.read_bytes()[:-2000]), ("noise", b"noise" * 100), ("empty", b"")):
             (folder / f"{name}.pt").write_bytes(content)
-        for reason, names in (("No such file", "missing"), ("nothing in it was run", "attack"), ("width 16", "plain"),
+        for reason, names in (("no such file", "missing"), ("nothing in it was run", "attack"), ("width 16", "plain"),
                               ("not a PyTorch file", "torn noise empty"), ("not one of this", "list"),
                               ("more blocks", "deep"), ("disagree", "other absurd depth foreign"),
                               ("objective", "mar foo three")):
@@ -1940,7 +1955,7 @@ class Laboratory(Quick):
                 self.assertIn(part, out)
             self.assert_picture(self.folder / what / "recoverability.png")
             table = tf.read_json(self.folder / what / "compare.json")
-            self.assertEqual((len(table), [len(values) for values in table["top-n"].values()]), (5 + masks, [2] * 4))
+            self.assertEqual((len(table), [len(values) for values in table["no-groups"].values()]), (5 + masks, [2] * 4))
         self.refused("--learn-steps 2 (now 3)", TINY, self.folder / "all", *words, "all --learn-steps 3")
         self.refused("--recover-lr 0.002 (now 0.001)", TINY, self.folder / "all", *words, "all --recover-lr 1e-3")
         hot = [self.folder / "x", "--compare all --teacher-lr 1e8"]
@@ -1954,7 +1969,7 @@ class CommandLine(Quick):
         run, reused = self.folder / "run", "is there and is used"
         out = self.story(run)
         names = {".lock", "settings.json", "teacher.pt", "layers.json", "student.pt", "results.json", "log.jsonl",
-                 "decisions.png", "samples.png"}
+                 "decisions.png", "samples.png", "halfway.png", "losses.png"}
         self.assertEqual({path.name for path in run.iterdir()}, names)
         for part in ("teacher |", "pruned ", "student |", "toy-FID", "speed-up", "guidance 1.5"):
             self.assertIn(part, out)
@@ -1962,7 +1977,7 @@ class CommandLine(Quick):
         self.assertEqual(list(dict.fromkeys(log)), ["teacher", "learn", "recover"])
         student = load(run / "student.pt")
         self.assertEqual((tf.read_json(run / "layers.json")["kept"], student["config"]["depth"]), (student["kept"], 6))
-        for name in ("decisions.png", "samples.png"):
+        for name in ("decisions.png", "samples.png", "halfway.png", "losses.png"):
             self.assert_picture(run / name)
         self.assertEqual(self.story(run).count(reused), 4)
         self.refused("--seed 0 (now 1)", TINY, run, "--seed 1")

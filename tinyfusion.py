@@ -1832,7 +1832,8 @@ def class_files(folder):
     class (the ImageFolder convention). Raises UserError where there is none, or one without a file."""
     folders = sorted(path for path in Path(folder).glob("[!.]*") if path.is_dir())
     if not folders:
-        raise UserError(f"{folder}: no class folders; expected one sub-folder of images per class")
+        what = "no class folders" if Path(folder).is_dir() else "no such folder"
+        raise UserError(f"{folder}: {what}; expected a folder with one sub-folder of images per class")
     files = [(file, label) for label, path in enumerate(folders) for file in files_in(path)]
     return [path.name for path in folders], files
 
@@ -2162,30 +2163,34 @@ def train(model, loss_fn, steps, *, params=None, lr=1e-4, final_lr_ratio=1.0, wa
 
 def progress(label, steps, log_file=None, unit="steps", first=0):
     """An on_step that prints "label step/steps, loss, speed, time left" every ten seconds and at the end, and appends
-    the step's numbers to `log_file` as a line of JSON. The loss is the mean since the last line, the denoising loss
-    that of the step. first: the step at which the run starts."""
+    the numbers of a hundred steps or more to `log_file`, as lines of JSON. The loss is the mean since the last line,
+    the denoising loss that of the step. first: the step at which the run starts."""
     start = time.perf_counter()
     printed = start
     losses = []
+    every = max(1, min(100, steps // 100))
 
     def on_step(step, metrics):
         nonlocal printed
         losses.append(metrics.get("loss", math.nan))
         now = time.perf_counter()
-        if rank() > 0 or (now < printed + 10 and step + 1 < steps):
+        to_print = now >= printed + 10 or step + 1 == steps
+        if rank() > 0 or not (to_print or (step + 1) % every == 0):
             return
-        printed = now
         speed = (step + 1 - first) / (now - start)
-        loss = f"  loss {np.mean(losses):.4f}" if "loss" in metrics else ""
-        if "denoising" in metrics:               # of which the loss of a recovery is only a tenth
-            loss += f"  denoising {metrics['denoising']:.4f}"
-        left = (steps - step - 1) / speed
-        print(f"{label:8} {step + 1}/{steps}{loss}  {speed:.3g} {unit}/s  {left:.0f} s left", file=sys.stderr)
-        losses.clear()
         if log_file:
             numbers = {name: torch.as_tensor(value).item() for name, value in metrics.items()}
+            line = {"stage": label, "step": step + 1, **numbers, "loss": np.mean(losses[-every:]), "steps_per_s": speed}
             with open(log_file, "a") as file:
-                file.write(json.dumps({"stage": label, "step": step + 1, **numbers, "steps_per_s": speed}) + "\n")
+                file.write(json.dumps(line) + "\n")
+        if to_print:
+            printed = now
+            loss = f"  loss {np.mean(losses):.4f}" if "loss" in metrics else ""
+            if "denoising" in metrics:           # of which the loss of a recovery is only a tenth
+                loss += f"  denoising {metrics['denoising']:.4f}"
+            left = (steps - step - 1) / speed
+            print(f"{label:8} {step + 1}/{steps}{loss}  {speed:.3g} {unit}/s  {left:.0f} s left", file=sys.stderr)
+            losses.clear()
     return on_step
 
 
@@ -2253,7 +2258,8 @@ def refuse_changes(path, saved, now):
 def read_checkpoint(path, *expected):
     """The dict in a PyTorch file, with at least the entries `expected`. It is read as data; nothing in it is run.
     Raises UserError, in one line, for a file that is torn, foreign, or a pickle that would run code."""
-    Path(path).stat()                            # a missing file is an OSError that names it
+    if not Path(path).is_file():
+        raise UserError(f"checkpoint {path}: no such file")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):         # the `args` of official training runs
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -2376,22 +2382,18 @@ def sample_images(model, labels, indices, *, diffusion, seed, sampling, decode=t
     return decode(diffusion.sample(model, labels.to(device), draw, **sampling)).cpu()
 
 
-def image_grid(images, columns, cell=48):
-    """A PIL image of uint8 images (N, C, H, W), row by row, each magnified by a whole factor to about `cell` pixels."""
-    N, _, H, W = images.shape
-    factor = max(1, cell // H)
-    height, width = factor * H + 2, factor * W + 2                           # with a white line around it
-    grid = Image.new("RGB", (columns * width, math.ceil(N / columns) * height), "white")
-    for i, image in enumerate(images):
-        one = Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
-        one = one.resize((factor * W, factor * H), Image.Resampling.NEAREST)
-        grid.paste(one, (i % columns * width + 1, i // columns * height + 1))
-    return grid
-
-
-def write_png(path, image):
-    """A PIL image as a PNG file, as by `write_file`."""
-    write_file(path, lambda file: image.save(file, format="PNG"))
+def fitting(word, width, otherwise, size=14):
+    """A word cut, with an ellipsis, to `width` pixels of Pillow's own font, or `otherwise` where the font lacks one of
+    its letters."""
+    font = ImageFont.load_default(size)
+    missing = bytes(font.getmask("\U0010ffff"))                              # what is drawn for an unknown letter
+    if any(bytes(font.getmask(letter)) == missing for letter in word):
+        word = str(otherwise)
+    if font.getlength(word) <= width:
+        return word
+    while word and font.getlength(word + "…") > width:
+        word = word[:-1]
+    return word + "…"
 
 
 def text(sheet, xy, words, anchor="la", size=14, fill=(40, 40, 40)):
@@ -2399,18 +2401,38 @@ def text(sheet, xy, words, anchor="la", size=14, fill=(40, 40, 40)):
     ImageDraw.Draw(sheet).text(xy, str(words), fill=fill, font=ImageFont.load_default(size), anchor=anchor)
 
 
+def write_png(path, image):
+    """A PIL image as a PNG file, as by `write_file`."""
+    write_file(path, lambda file: image.save(file, format="PNG"))
+
+
+def image_grid(images, columns, names=()):
+    """A PIL image of uint8 images (N, C, H, W), row by row, small ones magnified to about 64 pixels. names: of their
+    classes, N pairs (name, number), written above them."""
+    N, _, H, W = images.shape
+    factor = max(1, 64 // H)
+    top = 18 if names else 0
+    height, width = factor * H + 2 + top, factor * W + 2                     # with a white line around it
+    grid = Image.new("RGB", (columns * width, math.ceil(N / columns) * height), "white")
+    for i, image in enumerate(images):
+        x, y = i % columns * width, i // columns * height
+        one = Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+        grid.paste(one.resize((factor * W, factor * H), Image.Resampling.NEAREST), (x + 1, y + 1 + top))
+        if names:
+            text(grid, (x + width / 2, y + 15), fitting(names[i][0], width, names[i][1]), anchor="ms")
+    return grid
+
+
 def draw_samples(path, rows, names):
-    """samples.png. rows: (title, uint8 images (n, C, H, W)) pairs; names: of the n columns."""
-    grids = [image_grid(images, len(names)) for _, images in rows]
-    width, height = grids[0].size
-    sheet = Image.new("RGB", (200 + width, 30 + len(rows) * (height + 8)), "white")
-    for i, name in enumerate(names):
-        short = name if len(name) <= 7 else name[:6] + "…"
-        text(sheet, (190 + (i + 0.5) * width / len(names), 24), short, anchor="ms")
-    for i, (title, _) in enumerate(rows):
-        y = 30 + i * (height + 8)
-        sheet.paste(grids[i], (190, y))
-        text(sheet, (180, y + height / 2), title, anchor="rm")
+    """A picture of several rows of images of the same classes, such as samples.png. rows: (title, uint8 images (n, C,
+    H, W)) pairs; names as in `image_grid`."""
+    grids = [image_grid(images, len(names), names if i == 0 else ()) for i, (_, images) in enumerate(rows)]
+    sheet = Image.new("RGB", (200 + grids[0].width, sum(grid.height + 8 for grid in grids)), "white")
+    y = 0
+    for (title, _), grid in zip(rows, grids):
+        sheet.paste(grid, (190, y))
+        text(sheet, (180, y + grid.height / 2), title, anchor="rm")
+        y += grid.height + 8
     write_png(path, sheet)
 
 
@@ -2435,33 +2457,64 @@ def draw_decisions(path, history, groups, kept):
     write_png(path, sheet)
 
 
-def draw_recoverability(path, dots):
-    """recoverability.png: the loss after pruning against the toy-FID after recovery, both axes logarithmic. dots:
-    {(loss, toy-FID): names} of every choice of blocks that was recovered."""
-    left, top = 90, 50                           # corner of the plot
-    side = 560
-    sheet = Image.new("RGB", (left + side + 130, top + side + 70), "white")
+def axes(sheet, left, top, side, points, names, logarithmic):
+    """Draw the frame of a plot of points (N, 2) on a PIL image, a square with five ticks on each axis. names and
+    logarithmic: of both axes. Returns place(x, y), where a point lies in the image."""
+    def scaled(point):
+        return np.array([math.log(value) if log else value for value, log in zip(point, logarithmic)])
+
+    low = scaled(np.min(points, axis=0))
+    high = scaled(np.max(points, axis=0))
+    margin = 0.05 * (high - low) + 1e-3          # a single point has a range too
+
+    def place(x, y):
+        across, up = (scaled((x, y)) - low + margin) / (high - low + 2 * margin) * side
+        return left + across, top + side - up
+
     ImageDraw.Draw(sheet).rectangle((left, top, left + side, top + side), outline=(200, 205, 215))
-    low = np.log(np.min(list(dots), axis=0) / 1.2)                           # (2,), of both axes
-    high = np.log(np.max(list(dots), axis=0) * 1.2)
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        values = low + share * (high - low)
+        x, y = [math.exp(value) if log else value for value, log in zip(values, logarithmic)]
+        across, up = place(x, y)
+        text(sheet, (across, top + side + 20), f"{x:.3g}", anchor="ms")
+        text(sheet, (left - 8, up), f"{y:.2g}", anchor="rm")
+    text(sheet, (left, top - 12), names[1], anchor="ls")
+    text(sheet, (left + side / 2, top + side + 44), names[0], anchor="ms")
+    return place
 
-    def place(loss, fid):                        # in the picture
-        x, y = (np.log([loss, fid]) - low) / (high - low) * side
-        return left + x, top + side - y
 
-    for share in (0, 0.25, 0.5, 0.75, 1):        # of both axes
-        loss, fid = np.exp(low + share * (high - low))
-        x, y = place(loss, fid)
-        text(sheet, (x, top + side + 20), f"{loss:.2g}", anchor="ms")
-        text(sheet, (left - 10, y), f"{fid:.2g}", anchor="rm")
-    for dot, names in sorted(dots.items(), key=lambda dot: len(dot[1])):     # the named ones on top
+def draw_losses(path, log_file):
+    """losses.png: the loss of every stage over its steps, from a log.jsonl; of a recovery the denoising loss."""
+    curves = {}
+    for line in Path(log_file).read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:                       # torn when a run was killed
+            continue
+        curve = curves.setdefault(row["stage"], [])
+        while curve and curve[-1][0] >= row["step"]:         # from a run that was stopped or has begun again
+            curve.pop()
+        curve.append((row["step"], row.get("denoising", row["loss"])))
+    sheet = Image.new("RGB", (430 * len(curves) + 20, 470), "white")
+    for number, (stage, curve) in enumerate(curves.items()):
+        place = axes(sheet, 430 * number + 70, 50, 350, curve, ("step", f"{stage}: denoising loss"), (False, True))
+        ImageDraw.Draw(sheet).line([place(*point) for point in curve], fill=(18, 62, 130), width=2)
+    write_png(path, sheet)
+
+
+def draw_recoverability(path, dots):
+    """recoverability.png: the loss after pruning against the toy-FID after recovery. dots: {(loss, toy-FID): names} of
+    every choice of blocks that was recovered."""
+    sheet = Image.new("RGB", (780, 680), "white")
+    names = ("loss right after pruning (logarithmic)", "toy-FID after recovery (logarithmic, lower is better)")
+    place = axes(sheet, 90, 50, 560, list(dots), names, (True, True))
+    for dot, methods in sorted(dots.items(), key=lambda dot: len(dot[1])):   # the named ones on top
         x, y = place(*dot)
-        radius = 5 if names else 3
-        colour = (205, 60, 20) if {"learned", "top-n"} & set(names) else (18, 62, 130) if names else (170, 178, 190)
+        radius = 5 if methods else 3
+        learned = {"learned", "no-groups"} & set(methods)
+        colour = (205, 60, 20) if learned else (18, 62, 130) if methods else (170, 178, 190)
         ImageDraw.Draw(sheet).ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
-        text(sheet, (x + 8, y - 4), ", ".join(names), anchor="ls", size=12, fill=colour)
-    text(sheet, (left - 60, 30), "toy-FID after recovery (logarithmic, lower is better)", anchor="ls")
-    text(sheet, (left + side / 2, top + side + 48), "loss right after pruning (logarithmic)", anchor="ms")
+        text(sheet, (x + 8, y - 4), ", ".join(methods), anchor="ls", size=12, fill=colour)
     write_png(path, sheet)
 
 
@@ -2504,7 +2557,8 @@ class Run:
         self.args = args
         self.device = pick_device(args.device)
         self.data = open_data(args.data, args.image_size) if args.data else toy_digits(size=args.image_size)
-        model = args.teacher or unallocated(self.new_model)
+        with reading(f"--image-size {self.data.shape[1]}", "a size that the model's patches divide"):
+            model = args.teacher or unallocated(self.new_model)
         self.groups = parse_groups(args.groups, len(model.blocks))
         self.diffusion = objective_of(args.objective, model)
         self.sampling = {"steps": args.sample_steps, "guidance": args.guidance, "clip_denoised": not self.data.latent,
@@ -2626,6 +2680,21 @@ class Run:
         """A stage's checkpoint."""
         save_checkpoint(path, model, self.args.objective, self.sampling, self.classes, **more)
 
+    def draw(self, model, labels, indices):
+        """Images of `labels` (B,), uint8 (B, C, H, W), from the noise of the images `indices`."""
+        return sample_images(model, labels, indices, diffusion=self.diffusion, seed=self.args.seed,
+                             sampling=self.sampling, decode=self.decode)
+
+    def draw_samples(self, path, models, real=False):
+        """Draw 20 images of each of `models`, {title: model}, from the same noise, and write them as a picture, below
+        `real` ones if so."""
+        by_class = self.data.labels.argsort(stable=True)
+        shown = by_class[torch.linspace(0, len(by_class) - 1, 20).long()]
+        labels = self.data.labels[shown]
+        rows = [("real images", self.decode(self.data.read(shown).to(self.device)).cpu())] if real else []
+        rows += [(title, self.draw(model, labels, range(20))) for title, model in models.items()]
+        draw_samples(path, rows, [(self.classes[y], y) for y in labels.tolist()])
+
     def kept(self):
         """The blocks that the learning stage has chosen."""
         return read_json(self.out / RESULTS["learn"], "kept")["kept"]
@@ -2648,13 +2717,13 @@ class Run:
         return look, statistics([look(images) for images in self.data.images.split(256)]), accuracy
 
     def branch(self, criterion, seed):
-        """A run with the same teacher and another criterion and seed, in a sub-folder. The criterion "top-n" is
-        learning without groups."""
+        """A run with the same teacher and another criterion and seed, in a sub-folder. The criterion
+        "no-groups" is learning without groups."""
         self.judge, self.examples                # computed once, for all branches
         other = copy.copy(self)
-        if criterion == "top-n":
+        if criterion == "no-groups":
             other.groups = tuple(map(sum, zip(*as_list(self.groups))))       # as many blocks, of all
-        other.args = argparse.Namespace(**vars(self.args) | {"criterion": criterion.replace("top-n", "learned"),
+        other.args = argparse.Namespace(**vars(self.args) | {"criterion": criterion.replace("no-groups", "learned"),
                                                              "seed": seed})
         other.out = self.out / f"compare-{checksum(self.load(self.teacher_path))}" / f"{criterion}-{seed}"
         other.out.mkdir(parents=True, exist_ok=True)
@@ -2662,7 +2731,8 @@ class Run:
 
 
 def stage_teacher(run, path):
-    """Train the teacher from scratch, or take that of --ckpt."""
+    """Train the teacher from scratch, or take that of --ckpt. halfway.png shows what it draws when half of its training
+    is over (unless that takes a VAE which is not given)."""
     args = run.args
     if args.teacher:
         run.save(path, args.teacher)
@@ -2677,8 +2747,15 @@ def stage_teacher(run, path):
         terms = run.diffusion.training_losses(model, x0, run.diffusion.sample_t(len(x0), run.device), y)
         return terms["loss"].mean(), {"mse": terms["mse"].mean()}
 
+    def on_step(step, metrics):
+        report(step, metrics)
+        if step + 1 == args.teacher_steps // 2 and (args.vae or not run.data.latent):
+            run.draw_samples(run.out / "halfway.png", {f"teacher, step {step + 1}": model.eval()})
+            model.train()
+
+    report = loop.pop("on_step")
     run.save(path, train(model, loss, lr=args.teacher_lr, final_lr_ratio=0.0, warmup=min(100, args.teacher_steps // 10),
-                         ema_decay=args.ema_decay, **loop))
+                         ema_decay=args.ema_decay, on_step=on_step, **loop))
 
 
 def stage_learn(run, path):
@@ -2723,25 +2800,20 @@ def stage_measure(run, path):
     if not run.args.compare:
         teacher = run.load(run.teacher_path)
         models = {"teacher": teacher, "pruned": prune(teacher, run.kept())} | models
-    draw = functools.partial(sample_images, diffusion=run.diffusion, seed=run.args.seed, sampling=run.sampling,
-                             decode=run.decode)
     by_class = data.labels.argsort(stable=True)
     labels = data.labels[by_class[torch.linspace(0, len(by_class) - 1, run.args.samples).long()]]
     look, real, accuracy = run.judge
     conditions = zlib.crc32(str((run.conditions, world_size())).encode())
     folder = run.out / f"measure-{conditions:08x}-{checksum(models['student'])}"
     folder.mkdir(exist_ok=True)
-    rows, stats = measure(models, labels, draw, look, real, folder)
+    rows, stats = measure(models, labels, run.draw, look, real, folder)
     for name, model in models.items():
         rows[name]["loss"] = calibration_loss(model, run.diffusion, run.examples)
         if accuracy is not None:
             rows[name]["accuracy"] = float((stats[name]["p"].argmax(1) == labels.numpy()).mean())
 
-    shown = by_class[torch.linspace(0, len(by_class) - 1, 20).long()]        # 20 columns, sorted by class
-    pictures = [("real images", run.decode(data.read(shown).to(run.device)).cpu())]
-    for name, model in models.items():
-        pictures.append((f"{name}, {len(model.blocks)} blocks", draw(model, data.labels[shown], range(20))))
-    draw_samples(run.out / "samples.png", pictures, [run.classes[y] for y in data.labels[shown]])
+    run.draw_samples(run.out / "samples.png", {f"{name}, {len(model.blocks)} blocks": model
+                                               for name, model in models.items()}, real=True)
     write_json(path, {"rows": rows, "judge_accuracy": accuracy, "conditions": run.conditions})
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -2766,6 +2838,8 @@ def run_stage(run, stage):
             (run.out / f"{later}-state.pt").unlink(missing_ok=True)
         try:
             STAGES[stage](run, path)
+            if (run.out / "log.jsonl").exists():
+                draw_losses(run.out / "losses.png", run.out / "log.jsonl")
         except NonFiniteLoss as error:
             rates = [f"--{rate.replace('_', '-')}" for rate, its_stage in RATES.items() if its_stage == stage]
             raise NonFiniteLoss(f"{stage}: {error}; the same command with a lower {' or '.join(rates)} goes on from "
@@ -2927,8 +3001,9 @@ def every_choice(groups):
 
 
 def spread(values, digits):
-    """Numbers in words: their mean and standard deviation."""
-    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
+    """Numbers in words: their mean and, of several, their standard deviation."""
+    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else " (1 seed)"
+    return f"{np.mean(values):.{digits}f}{deviation}"
 
 
 def outcome(run):
@@ -2942,13 +3017,13 @@ def outcome(run):
 
 
 def compare(run, every_mask=False, seeds=(0, 1, 2)):
-    """The paper's Table 3 in miniature: what learning chooses, in groups and without ("top-n"), and what the criteria
+    """The paper's Table 3 in miniature: what learning chooses, in groups and without, and what the criteria
     choose, recovered with every seed. Each is a run of its own in a sub-folder, with the teacher of `run` (a Run,
     Chapter 11), so a comparison that was stopped goes on. With `every_mask`, all choices that the groups allow are
     recovered too, and the better ones are counted. Writes compare.json, with the figures of every seed, and
     recoverability.png."""
     masks = [",".join(map(str, kept)) for kept in every_choice(run.groups)] if every_mask else []
-    choices = ["learned", "top-n", *CRITERIA, *masks]
+    choices = ["learned", "no-groups", *CRITERIA, *masks]
     report = progress("compare", len(choices), unit="choices")
     found = {}                                   # {criterion: [kept, loss after pruning, after recovery, toy-FID]}
     for number, name in enumerate(choices):
