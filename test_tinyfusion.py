@@ -713,6 +713,8 @@ class Model(Numeric):
         self.assertEqual({name: tuple(value.shape) for name, value in state.items()}, expected)
         for build, sizes in ((tiny_dit, {"input_size": 9}), (tiny_dit, {"num_heads": 3}), (tiny_mar, {"num_heads": 3})):
             self.assertRaisesRegex(ValueError, "multiple", build, **sizes)
+        tokens = tiny_dit().x_embedder(torch.zeros(2, 1, 8, 8))
+        self.assertTrue(tokens.is_contiguous(), "or every norm of the blocks would copy them")
 
     def test_models_run_with_weights_in_bfloat16(self):
         for model, objective in ((tiny_dit(), tf.GaussianDiffusion()), (tiny_mar(), tf.MaskedAutoregression(16))):

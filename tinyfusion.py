@@ -2476,7 +2476,7 @@ def axes(sheet, left, top, side, points, names, logarithmic):
         values = low + share * (high - low)
         x, y = [math.exp(value) if log else value for value, log in zip(values, logarithmic)]
         across, up = place(x, y)
-        text(sheet, (across, top + side + 20), f"{x:.3g}", anchor="ms")
+        text(sheet, (across, top + side + 20), f"{x:.4g}", anchor="ms")
         text(sheet, (left - 8, up), f"{y:.2g}", anchor="rm")
     text(sheet, (left, top - 12), names[1], anchor="ls")
     text(sheet, (left + side / 2, top + side + 44), names[0], anchor="ms")
