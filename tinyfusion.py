@@ -150,7 +150,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x):
-        # Without contiguous(), every sum and norm of the blocks would walk through memory in the images' order.
+        # The transposed tokens stay in the image's order in memory; without contiguous() every norm would copy them.
         return self.proj(x).flatten(2).transpose(1, 2).contiguous()
 
 
@@ -600,7 +600,8 @@ def masked_block(run, streams, m, kept, dropped):
     outputs (B, ...).
 
     run(rows) returns a tuple of the block's outputs for these examples alone, one per stream, or None for a stream that
-    stays as it is. m (B,) is the block's column of the mask, kept and dropped as in `kept_and_dropped`."""
+    stays as it is. m (B,) is the block's column of the mask, kept and dropped as in `kept_and_dropped`. Raises
+    ValueError where run returns more or fewer outputs than there are streams. Source: ours."""
     def with_outputs(tensors, rows):             # the tensors, in these rows replaced by what the block returns
         if not len(rows):
             return tensors
@@ -824,14 +825,15 @@ def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=
                  tau=(4.0, 0.1), scale=100.0, prepare=lambda model: None, on_step=lambda step, metrics: None, **loop):
     """Learn which blocks to keep: optimise the logits of `make_sampler(groups)` together with a weight update.
 
-    loss_fn(model, sample_mask) draws a batch, calls `mask = sample_mask(batch_size)` for its masks (B, L), and returns
-    the masked model's loss, a scalar; a model whose forward pass takes no mask gets it by `set_mask`. `update` is
-    "lora", "full" (all weights train) or "frozen" (none do): the rows of the paper's Table 4. tau falls linearly from
-    tau[0] to tau[1]: from a quiet gradient to a truer one. Works on a copy; prepare(copy) is called before the
-    first step, for example to compile its blocks. on_step and loop (`seed`, `state` ...) are those of `train`. The
-    defaults are the paper's for DiT-XL. Returns the sampler and its history, a list of (step, keep_probability).
-    Raises ValueError for an unknown update, a model without trainable weights, or a loss that does not depend on the
-    mask. Source: the paper's joint optimisation of mask and update."""
+    loss_fn(model, sample_mask) draws a batch, calls `mask = sample_mask(batch_size)` for its masks (B, L), and
+    returns the masked model's loss, a scalar; a model whose forward pass takes no mask gets it by `set_mask`.
+    `update` is "lora", "full" (all weights train) or "frozen" (none do): the rows of the paper's Table 4. rank and
+    alpha are those of `add_lora`, scale that of `LayerSampler`; tau falls linearly from tau[0] to tau[1]: from a
+    quiet gradient to a truer one. Works on a copy; prepare(copy) is called before the first step, for example to
+    compile its blocks. on_step and loop (`seed`, `state` ...) are those of `train`. The defaults are the paper's for
+    DiT-XL. Returns the sampler and its history, a list of (step, keep_probability). Raises ValueError for an unknown
+    update, a model without trainable weights, or a loss that does not depend on the mask. Source: the paper's joint
+    optimisation of mask and update."""
     if update not in ("lora", "full", "frozen"):
         raise ValueError(f"update {update!r}: expected lora, full or frozen")
     model = copy.deepcopy(model).train()
@@ -1029,7 +1031,8 @@ def match_blocks(groups, kept, cuts=()):
     groups, for a bare (N, L), every kept block stands in for all blocks up to the next kept one.
 
     A group that keeps no block, as the criteria of Chapter 12 may leave it, has no pair. cuts: indices of blocks where
-    the token sequence changes, such as a MAR's first decoder block; a pair never crosses one."""
+    the token sequence changes, such as a MAR's first decoder block; a pair never crosses one. Source: the paper's pairs
+    of 1:2, carried over to any groups."""
     if isinstance(groups, list):
         ends = list(itertools.accumulate(m for _, m in groups))
     else:
