@@ -1680,7 +1680,9 @@ class Training(InFolder):
             "        t.call(*words)\n"
             "    tf.data_batches = real\n"
             "    status, said, _ = t.call(*words)\n"
-            "    assert status == 0 and said.count('from step 1') == 1, (status, said)\n")
+            "    assert status == 0 and said.count('from step 1') == 1, (status, said)\n"
+            "threads = [path.read_text() for path in pathlib.Path('/proc/self/task').glob('*/comm')]\n"
+            "assert 'gloo' not in str(threads), 'threads of the group, left over, can crash the end of a process'\n")
         (self.folder / "program.py").write_text(
             "import functools, sys, tinyfusion as tf\n"
             "tf.train_judge = functools.partial(tf.train_judge, steps=20)\n"

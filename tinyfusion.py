@@ -2022,6 +2022,8 @@ def processes():
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
+    # The first optimizer step would import this. It then would hold the group, whose threads can crash the exit.
+    import torch._dynamo
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if rank() else sys.stdout):
         yield
