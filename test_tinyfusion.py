@@ -465,7 +465,7 @@ class Foreign(nn.Module):
 
 
 class Elsewhere(Numeric):
-    """Chapters 3 and 4 on models that are not ours."""
+    """Chapter 6: the method on models that are not ours."""
 
     STREAMS = {"lists": "stack", "streams": ("context", "x")}
 

@@ -40,7 +40,7 @@ share some of DiT's parts (Chapter 6).
 
 Chapters.
     1 The model: DiT           5 Recovery: masked KD        9 The training loop      13 The command line
-    2 Diffusion                6 Families: SiT and MAR     10 Files and pictures
+    2 Diffusion                6 More models: SiT, MAR     10 Files and pictures
     3 The layer sampler        7 Measuring                 11 A run and its stages
     4 Recoverability: LoRA     8 Data                      12 The laboratory
 The method is in Chapters 3 to 5; 1 and 2 are what it works on, the rest feeds it or judges it. On a first reading you
@@ -826,8 +826,8 @@ def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=
     """Learn which blocks to keep: optimise the logits of `make_sampler(groups)` together with a weight update.
 
     loss_fn(model, sample_mask) draws a batch, calls `mask = sample_mask(batch_size)` for its masks (B, L), and
-    returns the masked model's loss, a scalar; a model whose forward pass takes no mask gets it by `set_mask`.
-    `update` is "lora", "full" (all weights train) or "frozen" (none do): the rows of the paper's Table 4. rank and
+    returns the masked model's loss, a scalar. Where the forward pass takes no mask, `set_mask` (Chapter 6) gives it
+    one. `update` is "lora", "full" (all weights train) or "frozen" (none do): the rows of the paper's Table 4. rank and
     alpha are those of `add_lora`, scale that of `LayerSampler`; tau falls linearly from tau[0] to tau[1]: from a
     quiet gradient to a truer one. Works on a copy; prepare(copy) is called before the first step, for example to
     compile its blocks. on_step and loop (`seed`, `state` ...) are those of `train`. The defaults are the paper's for
@@ -925,67 +925,6 @@ def prune(model, kept, lists=None):
                 if getattr(module, "layer_idx", None) == old:
                     module.layer_idx = place
     return pruned
-
-
-def is_masked(block):
-    """Whether a block runs under `set_mask`."""
-    return "unmasked_forward" in vars(block)
-
-
-def set_mask(model, mask, lists=None, streams=()):
-    """Run a model that is not ours under a mask (B, L), in place, without touching its code, until set_mask is called
-    again; mask None takes it off. The model is called as ever, on B examples, and gradients reach the mask.
-
-    lists as in `blocks_of`. A block may take positional and keyword arguments, per example or shared (`rows_of`): the
-    batch size must differ from the first dimension of every shared tensor, such as a table (T, D). streams: the names
-    of the arguments that run through the blocks, in the order in which a block returns them, such as
-    ("encoder_hidden_states", "hidden_states") for Flux and SD3; by default the first argument. Caches of keys and
-    values (use_cache=True) are not supported; activation checkpointing is, with use_reentrant=False. Raises ValueError
-    for a mask that does not fit.
-
-    Names, modules and state_dict stay as they are: only the blocks' `forward` is replaced."""
-    blocks = [block for blocks in blocks_of(model, lists) for block in blocks]
-    for block in blocks:
-        if is_masked(block):
-            del block.forward
-            before = vars(block).pop("unmasked_forward")
-            if block.forward != before:          # what we replaced was not the class's: accelerate replaces it too
-                block.forward = before
-    if mask is None:
-        return
-    if mask.dim() != 2 or mask.shape[1] != len(blocks):
-        raise ValueError(f"mask is {tuple(mask.shape)}, expected (examples, {len(blocks)} blocks)")
-    for block, m, rows in zip(blocks, mask.unbind(1), kept_and_dropped(mask)):
-        block.unmasked_forward = block.forward
-        block.forward = functools.partial(forward_masked, block.unmasked_forward, streams, m, *rows)
-
-
-def forward_masked(forward, streams, m, kept, dropped, *args, **kwargs):
-    """What a block does under `set_mask`, in the place of its `forward`."""
-    given = inspect.signature(forward).bind(*args, **kwargs).arguments
-    names = streams or list(given)[:1]
-    inputs = [given.get(name) for name in names]
-    if not all(torch.is_tensor(x) and len(x) == len(m) for x in inputs):
-        raise ValueError(f"expected tensors of {len(m)} examples, one per row of the mask, in the streams {names} of a "
-                         f"block that is called with {list(given)}")
-    if any((given | kwargs).get(name) is not None for name in ("cache", "past_key_value", "past_key_values")):
-        raise ValueError("a masked block cannot fill a cache: call the model with use_cache=False")
-    returns_tuple = None
-
-    def run(rows):
-        nonlocal returns_tuple
-        some_args, some_kwargs = rows_of((args, kwargs), rows, len(m))
-        out = forward(*some_args, **some_kwargs)
-        returns_tuple = isinstance(out, tuple)
-        outs = out if returns_tuple else (out,)
-        if len(outs) != len(names):
-            raise ValueError(f"a block returns {len(outs)} outputs, but the streams are {names}")
-        return outs
-
-    outs = masked_block(run, inputs, m, kept, dropped)
-    if returns_tuple is None:
-        run(dropped[:1])                         # nobody keeps the block: one example shows what it returns
-    return tuple(outs) if returns_tuple else outs[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1109,11 +1048,12 @@ def recover(student, teacher, diffusion, batches, pairs, steps, *, kd="masked", 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Chapter 6. Families: SiT and MAR
+# Chapter 6. More models: any stack of residual blocks, SiT, MAR
 #
 # The method needs little from a model: residual blocks, a forward pass that takes a mask of them, and an objective.
-# Chapters 3 to 5 serve two more families as they stand. Here are their objectives and MAR's network, and at the end one
-# row of settings for every model.
+# First comes `set_mask`, which runs a model that is not ours under a mask. Then come two more families of diffusion
+# models, which Chapters 3 to 5 serve as they stand: their objectives and MAR's network. Last comes one row of settings
+# for every model.
 #
 # SiT (arXiv:2401.08740) is DiT's network with another objective, flow matching: x_t lies on the straight line from
 # noise to image, and the model predicts the velocity along it. Its t runs the other way: 0 is noise, 1 is the image.
@@ -1138,6 +1078,67 @@ def recover(student, teacher, diffusion, batches, pairs, steps, *, kd="masked", 
 # Blocks of encoder and decoder share one numbering, and are learned and pruned together. The head stays. More letters
 # for shapes: F numbers in a token, n noisy tokens in all.
 # ---------------------------------------------------------------------------------------------------------------------
+
+def is_masked(block):
+    """Whether a block runs under `set_mask`."""
+    return "unmasked_forward" in vars(block)
+
+
+def set_mask(model, mask, lists=None, streams=()):
+    """Run a model that is not ours under a mask (B, L), in place, without touching its code, until set_mask is called
+    again; mask None takes it off. The model is called as ever, on B examples, and gradients reach the mask.
+
+    lists as in `blocks_of`. A block may take positional and keyword arguments, per example or shared (`rows_of`): the
+    batch size must differ from the first dimension of every shared tensor, such as a table (T, D). streams: the names
+    of the arguments that run through the blocks, in the order in which a block returns them, such as
+    ("encoder_hidden_states", "hidden_states") for Flux and SD3; by default the first argument. Caches of keys and
+    values (use_cache=True) are not supported; activation checkpointing is, with use_reentrant=False. Raises ValueError
+    for a mask that does not fit.
+
+    Names, modules and state_dict stay as they are: only the blocks' `forward` is replaced."""
+    blocks = [block for blocks in blocks_of(model, lists) for block in blocks]
+    for block in blocks:
+        if is_masked(block):
+            del block.forward
+            before = vars(block).pop("unmasked_forward")
+            if block.forward != before:          # what we replaced was not the class's: accelerate replaces it too
+                block.forward = before
+    if mask is None:
+        return
+    if mask.dim() != 2 or mask.shape[1] != len(blocks):
+        raise ValueError(f"mask is {tuple(mask.shape)}, expected (examples, {len(blocks)} blocks)")
+    for block, m, rows in zip(blocks, mask.unbind(1), kept_and_dropped(mask)):
+        block.unmasked_forward = block.forward
+        block.forward = functools.partial(forward_masked, block.unmasked_forward, streams, m, *rows)
+
+
+def forward_masked(forward, streams, m, kept, dropped, *args, **kwargs):
+    """What a block does under `set_mask`, in the place of its `forward`."""
+    given = inspect.signature(forward).bind(*args, **kwargs).arguments
+    names = streams or list(given)[:1]
+    inputs = [given.get(name) for name in names]
+    if not all(torch.is_tensor(x) and len(x) == len(m) for x in inputs):
+        raise ValueError(f"expected tensors of {len(m)} examples, one per row of the mask, in the streams {names} of a "
+                         f"block that is called with {list(given)}")
+    if any((given | kwargs).get(name) is not None for name in ("cache", "past_key_value", "past_key_values")):
+        raise ValueError("a masked block cannot fill a cache: call the model with use_cache=False")
+    returns_tuple = None
+
+    def run(rows):
+        nonlocal returns_tuple
+        some_args, some_kwargs = rows_of((args, kwargs), rows, len(m))
+        out = forward(*some_args, **some_kwargs)
+        returns_tuple = isinstance(out, tuple)
+        outs = out if returns_tuple else (out,)
+        if len(outs) != len(names):
+            raise ValueError(f"a block returns {len(outs)} outputs, but the streams are {names}")
+        return outs
+
+    outs = masked_block(run, inputs, m, kept, dropped)
+    if returns_tuple is None:
+        run(dropped[:1])                         # nobody keeps the block: one example shows what it returns
+    return tuple(outs) if returns_tuple else outs[0]
+
 
 class FlowMatching(Objective):
     """The linear interpolant of SiT: x_t = t x0 + (1 - t) noise, with t from 0 (noise) to 1 (the image x0). The model
