@@ -115,8 +115,8 @@ class LabelEmbedder(nn.Module):
     """Class labels (B,) to vectors (B, D). In training mode a label becomes the null label, which means "no class",
     with probability `dropout_prob`; that is what makes classifier-free guidance possible.
 
-    The null label is `num_classes`, the last row of the table; without dropout there is no such row. hidden_size None:
-    no table, and labels (B,) are returned (MAR keeps its vectors under other names)."""
+    The null label is `num_classes`, the last row of the table; without dropout there is no such row. With hidden_size
+    None there is no table, and the labels (B,) themselves are returned (for MAR)."""
 
     def __init__(self, num_classes, hidden_size, dropout_prob):
         super().__init__()
@@ -150,7 +150,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x):
-        # The transposed tokens stay in the image's order in memory; without contiguous() every norm would copy them.
+        # contiguous() copies the transposed tokens once; without it every norm would copy them.
         return self.proj(x).flatten(2).transpose(1, 2).contiguous()
 
 
@@ -231,7 +231,7 @@ def sincos_pos_embed(dim, grid_size):
 
 def initialize(model, normal, zero):
     """The official start: linear layers Xavier-uniform, the weights in `normal` with std 0.02, the layers in `zero` at
-    zero. That closes all gates: every block starts as the identity, and the output starts at zero."""
+    zero. In DiT these are the gates and the output: every block starts as the identity, the model as zero."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -299,9 +299,8 @@ class DiT(nn.Module):
 
         x (B, C, H, W); t (B,) timesteps, or (1,) where all share one; y (B,) labels, `num_classes` for no class;
         mask (B, L), 1 for a block that is used and 0 for one that is skipped, or None for all (Chapter 3).
-        Returns (B, out_channels, H, W): noise first, then variance. With `hidden`, a collection of block numbers, even
-        an empty one, it returns two things: that output, and the list of those blocks' outputs (B, T, D), in depth
-        order.
+        Returns (B, out_channels, H, W): noise first, then variance. If `hidden`, a collection of block numbers, is not
+        None, returns two things: that output, and the list of those blocks' outputs (B, T, D), in depth order.
         """
         x = self.x_embedder(x) + self.pos_embed                              # (B, T, D)
         c = self.t_embedder(t) + self.y_embedder(y)                          # (B, D)
@@ -314,8 +313,8 @@ class DiT(nn.Module):
 
         x (B, C, H, W), t (1,) or (B,), y (B,); returns (B, out_channels, H, W). Guidance acts on the first
         `cfg_channels` channels, 3 in the official code, with which DiT's published numbers were made; None: on all of
-        the noise. It never reaches the variance. (The official method takes a batch twice, with labels and null labels.
-        The first half of its result is ours.) Raises ValueError for a model without a null label.
+        the noise. It never reaches the variance. (The official method takes the batch twice, with labels and null
+        labels; ours returns the first half of its result.) Raises ValueError for a model without a null label.
         """
         times = t if len(t) == 1 else torch.cat([t, t])
         out = self(torch.cat([x, x]), times, torch.cat([y, self.y_embedder.null_labels(y)]))
@@ -360,7 +359,7 @@ def discretized_gaussian_log_likelihood(x, mean, log_variance):
 
 
 def noise_for(x0, t):
-    """Standard normal noise for images x0 (B, C, H, W) at times t: (len(t), C, H, W). Only in a MAR that is not B."""
+    """Standard normal noise for images x0 (B, C, H, W) at times t: (len(t), C, H, W). len(t) is B, except for MAR."""
     return torch.randn(len(t), *x0.shape[1:], device=x0.device)
 
 
@@ -411,7 +410,7 @@ class GaussianDiffusion(Objective):
         self._respaced = {}                      # {steps: the process in so many steps}
 
     def _at(self, name, t, x):
-        """Schedule values at timesteps t (B,), shaped to multiply x (B, ...)."""
+        """Schedule values at timesteps t (B,) or (1,), shaped to multiply x (B, ...)."""
         if self._table[name].device != t.device:
             self._table[name] = self._table[name].to(t.device)
         return self._table[name][t].view(-1, *[1] * (x.dim() - 1))
@@ -434,7 +433,7 @@ class GaussianDiffusion(Objective):
         [-1, 1], right for pixels and wrong for latents."""
         C = x_t.shape[1]
         eps, v = model_output[:, :C], model_output[:, C:]
-        if v.shape[1] == C:                      # v from -1 to 1: from the posterior variance to beta, in log space
+        if v.shape[1] == C:                      # v = -1 is the posterior variance, v = 1 is beta
             share = (v + 1) / 2
             log_variance = share * self._at("log_large", t, x_t) + (1 - share) * self._at("log_small", t, x_t)
         else:
@@ -499,7 +498,7 @@ class GaussianDiffusion(Objective):
 
         eta 1 is DDPM with the model's variance; 0 is DDIM, deterministic after the first draw; between them is DDIM's
         sigma (arXiv:2010.02502, equation 16). Guidance 1 runs the model once a step, anything else twice, in one batch.
-        dtype as in `autocast` (Chapter 9).
+        dtype: that of the model's matrix products, as in `autocast` (Chapter 9).
         """
         def predict(x, t):
             return model(x, t, y) if guidance == 1 else model.forward_with_cfg(x, t, y, guidance, cfg_channels)
@@ -536,11 +535,11 @@ class GaussianDiffusion(Objective):
 # a gradient for m, though m is only ever 0 or 1. Searching all 40 million masks of DiT-XL is hopeless. So the blocks
 # are cut into K local groups of M consecutive ones, and each group keeps N of its own: p(m) = p(m_1) ... p(m_K), each a
 # categorical distribution over the (M choose N) candidates of its group. A draw is discrete and has no gradient. The
-# straight-through Gumbel-Softmax (arXiv:1611.01144) draws it as the arg max of logits + Gumbel noise, and lets the
-# gradient pass as if the arg max had been a softmax of temperature tau. So one backward pass estimates for every
-# candidate, drawn or not, whether the loss would rather have it more often. For that it needs dL/dm of dropped blocks
-# too, which is why they are run at all while a mask is learned. First comes the forward pass that a mask steers, then
-# the sampler that draws masks, and last one without groups, which the paper does not have.
+# straight-through Gumbel-Softmax (arXiv:1611.01144) draws it as the arg max of logits + Gumbel noise, which has exactly
+# the probabilities of the logits' softmax, and lets the gradient pass as if the arg max had been a softmax of
+# temperature tau. So one backward pass estimates for every candidate, drawn or not, whether the loss would rather have
+# it more often. For that it needs dL/dm of dropped blocks too, which is why they are run at all while a mask is
+# learned.
 # ---------------------------------------------------------------------------------------------------------------------
 
 def masked_forward(blocks, x, *args, mask=None, hidden=()):
@@ -581,7 +580,7 @@ def kept_and_dropped(mask):
     """For each block of mask (B, L) the indices of the examples that keep it, and of those that drop it: L pairs."""
     keep = mask.detach() > 0.5
     rows = keep.byte().argsort(dim=0, descending=True, stable=True)          # (B, L): a block's kept examples first
-    counts = keep.sum(0).tolist()                # the program waits for a GPU here; nonzero() would once per block
+    counts = keep.sum(0).tolist()                # one wait for a GPU; nonzero() would take one per block
     return [rows[:, i].split([count, len(mask) - count]) for i, count in enumerate(counts)]
 
 
@@ -614,7 +613,7 @@ def masked_block(run, streams, m, kept, dropped):
     with torch.no_grad():                        # the dropped rows need no graph
         everywhere = with_outputs(outs, dropped)             # block(x) in all rows
         changes = [out - x for x, out in zip(streams, everywhere)]
-    # Adds exactly 0 if the change is finite, and gives m its gradient: the sum of dL/dx_out * change.
+    # Adds 0 (if the change is finite), and gives m its gradient, the sum of dL/dx_out * change.
     zero = m - m.detach()
     return [out + zero.view(-1, *[1] * (out.dim() - 1)).to(out.dtype) * change for out, change in zip(outs, changes)]
 
@@ -646,7 +645,7 @@ class LayerSampler(nn.Module):
     def __init__(self, groups):
         super().__init__()
         self.groups = [tuple(group) for group in groups]
-        for k, (n, m) in enumerate(self.groups):             # float64, which autocast leaves alone
+        for k, (n, m) in enumerate(self.groups):             # float64: autocast would round a product to bfloat16
             self.register_buffer(f"candidates{k}", nm_masks(n, m).double(), persistent=False)
         # The published recipe starts all logits at 0.02. A softmax does not see a constant, so this is the same start.
         self.logits = nn.ParameterList([nn.Parameter(torch.zeros(len(c))) for c in self.candidates])
@@ -659,15 +658,15 @@ class LayerSampler(nn.Module):
     def forward(self, batch_size, tau=1.0, scale=100.0):
         """One independent mask per example: (B, L), exactly 0 or 1, exactly N ones per group, with the gradient of the
         softmax at temperature `tau`. tau does not change what is drawn, only the gradient: a high tau gives a biased
-        but quiet gradient, a low tau a nearly unbiased but noisy one."""
+        but quiet gradient, a low tau a less biased but noisier one."""
         parts = []
         for logits, candidates in zip(self.logits, self.candidates):
-            soft = F.gumbel_softmax((logits * scale).expand(batch_size, -1), tau=tau)       # (B, candidates)
-            hard = F.one_hot(soft.argmax(1), len(logits)).to(soft.dtype)                    # the candidate drawn
+            p = F.gumbel_softmax((logits * scale).expand(batch_size, -1), tau=tau)          # (B, candidates)
+            hard = candidates[p.argmax(1)]                                                  # (B, M), the mask drawn
+            soft = p.double() @ candidates                                                  # (B, M), its relaxation
             # Straight through: the value of `hard`, the gradient of `soft`. The brackets matter: soft - soft is exactly
             # 0, while (hard - soft) + soft, the order of F.gumbel_softmax(hard=True), can be off by one rounding.
-            choice = hard + (soft - soft.detach())
-            parts.append((choice.double() @ candidates).to(choice.dtype))                   # (B, M)
+            parts.append((hard + (soft - soft.detach())).to(p.dtype))
         return torch.cat(parts, dim=1)
 
     def _probabilities(self, scale):
@@ -692,11 +691,12 @@ class TopNSampler(nn.Module):
     and no groups. It goes beyond the paper, and is called like a LayerSampler.
 
     A draw is the n largest keys k_i = scale * logit_i + Gumbel noise, which is sampling without replacement
-    (arXiv:1903.06059). For the gradient the draw is relaxed to s_i = sigmoid((k_i - c) / tau), where the threshold c is
-    chosen so that the s_i sum to n. c moves with the keys: differentiating sum s_i = n gives sum s_i (1 - s_i) (dk_i -
-    dc) = 0, so dc = sum w_i dk_i with weights w_i in proportion to s_i (1 - s_i). The gradients of the keys then sum to
-    0: a block gains only what others lose. With a constant c all logits would drift together. Raises ValueError unless
-    1 <= n <= depth."""
+    (arXiv:1903.06059). For the gradient the draw is relaxed to s_i = sigmoid((k_i - c) / tau), with a threshold c for
+    which the s_i sum to n. Raises ValueError unless 1 <= n <= depth.
+
+    c moves with the keys. Differentiating sum s_i = n gives sum s_i (1 - s_i) (dk_i - dc) = 0, so dc = sum w_i dk_i,
+    with weights w_i in proportion to s_i (1 - s_i). The gradients of the keys then sum to 0: a block gains only what
+    others lose. With a constant c all logits would drift together."""
 
     def __init__(self, n, depth):
         super().__init__()
@@ -709,7 +709,7 @@ class TopNSampler(nn.Module):
         """One independent mask per example: (B, L), exactly 0 or 1, exactly n ones, with the gradient of the relaxed
         mask at temperature tau."""
         noise = self.logits.new_empty(batch_size, len(self.logits)).exponential_(generator=generator)
-        keys = self.logits * scale - noise.log()                             # (B, L)
+        keys = self.logits * scale - noise.log()                             # (B, L); -noise.log() is Gumbel noise
         hard = torch.zeros_like(keys).scatter(1, keys.topk(self.n).indices, 1.0)
         soft = self.relaxed(keys, tau)
         return hard + (soft - soft.detach())
@@ -719,7 +719,7 @@ class TopNSampler(nn.Module):
         with torch.no_grad():                    # the threshold, by bisection
             low = keys.amin(1, keepdim=True) - 30 * tau
             high = keys.amax(1, keepdim=True) + 30 * tau
-            for _ in range(40):
+            for _ in range(40):                  # halvings, down to float32's rounding
                 c = (low + high) / 2
                 too_many = torch.sigmoid((keys - c) / tau).sum(1, keepdim=True) > self.n
                 low = torch.where(too_many, c, low)
@@ -755,11 +755,14 @@ def make_sampler(groups):
 # Chapter 4. Recoverability: learning the mask as if fine-tuning had begun
 #
 # The denoising loss of a masked, untouched model says how much dropping those blocks hurts now. We want the loss after
-# the fine-tuning to come. We cannot have it, so we approximate it: gradient steps on the denoising loss train the
-# logits of the mask and, along with them, a weight update dPhi. One dPhi for all masks says how well a mask can
-# recover, roughly and cheaply. It is low-rank (LoRA, arXiv:2106.09685), about 0.9 % of DiT-XL's parameters. After
-# learning it is thrown away, and `prune` applies the likeliest mask to the original weights. (`train`, Chapter 9, is
-# a loop of AdamW; its loss(step) returns a scalar and a dict of numbers to report.)
+# the fine-tuning to come. We cannot have it, so we approximate it. Gradient steps on
+#
+#        E_x E_{m ~ p} [ loss(x; Phi + dPhi, m) ]
+#
+# train the logits of the distribution p and, along with them, a weight update dPhi. All masks share it, so it is a
+# rough and cheap stand-in for each one's own fine-tuning. It is low-rank (LoRA, arXiv:2106.09685), about 0.9 % of
+# DiT-XL's parameters. After learning it is thrown away, and `prune` applies the likeliest mask to the original weights.
+# (`train`, Chapter 9, is a loop of AdamW; its loss(step) returns a scalar and a dict of numbers to report.)
 # ---------------------------------------------------------------------------------------------------------------------
 
 def is_linear(module):
@@ -902,9 +905,9 @@ def check_kept(kept, depth):
 def prune(model, kept, lists=None):
     """A shallower copy of `model`: only the blocks numbered in `kept`, everything else the same, weights untouched.
 
-    lists as in `blocks_of`; the blocks left in one are numbered anew. So is an attribute `layer_idx` inside a block, by
-    which a transformer finds its place in a cache of keys and values, where it was the block's place in its list. Your
-    job: a depth in a configuration (config.num_layers), attention that is scaled by layer_idx, and parts of the model
+    lists as in `blocks_of`. The blocks left in a list are numbered anew, and so is an attribute `layer_idx` inside a
+    block, the place of transformers' blocks in a cache, where it was the block's place in its list. What else depends
+    on the depth is yours to adapt: a configuration (config.num_layers), attention that is scaled by layer_idx, parts
     that read a certain block, as the head of diffusers' DiT reads block 0's embedding. Raises ValueError as
     `check_kept` does, and for a model under a mask. Source: the paper; dPhi is not in the result."""
     kept = [int(i) for i in kept]
@@ -934,7 +937,7 @@ def prune(model, kept, lists=None):
 # and the student imitates the teacher's output and its hidden states. The latter needs care. A few numbers in a
 # diffusion transformer's hidden states are enormous ("massive activations", arXiv:2402.17762); they dominate a squared
 # error, and training on them diverges (the paper's Table 5). So entries more than k = 2 standard deviations from the
-# mean, in either model, are left out. That drops some ordinary entries too, which does no harm:
+# mean, in either model, are left out; some ordinary ones go with them:
 #
 #        loss = 0.9 * KD + 0.1 * denoising + beta * features,      beta falling linearly to 0
 #
@@ -945,7 +948,7 @@ def prune(model, kept, lists=None):
 
 def masked_feature_loss(student, teacher, k=2.0):
     """Mean squared error of two models' hidden states (B, T, D) over the entries where neither is an outlier. A scalar:
-    the mean over examples of the mean over an example's entries, so that a batch can be cut into equal parts.
+    the mean over examples of the mean over an example's entries, so equal parts of a batch average to the whole.
 
     An entry is an outlier where |h - mean(h)| > k * std(h), mean and std over tokens and channels of one example.
     What is left out is in neither the sum nor the gradient. k = inf leaves nothing out: plain feature KD. Raises
@@ -957,7 +960,7 @@ def masked_feature_loss(student, teacher, k=2.0):
     def inlier(h):
         h = h.detach().float()
         deviation = (h - h.mean((1, 2), keepdim=True)).abs()
-        return ~(deviation > k * h.std((1, 2), keepdim=True))                # inf * 0 is NaN, and no outlier
+        return ~(deviation > k * h.std((1, 2), keepdim=True))                # not <=, because inf * 0 is NaN
 
     both = inlier(student) & inlier(teacher)                                 # (B, T, D)
     difference = torch.where(both, student - teacher.detach(), 0)
@@ -969,9 +972,8 @@ def match_blocks(groups, kept, cuts=()):
     student, with the group's last block, whose output it must stand in for. For 1:2 that is (i, 2i + 1). Without
     groups, for a bare (N, L), every kept block stands in for all blocks up to the next kept one.
 
-    A group that keeps no block, as the criteria of Chapter 12 may leave it, has no pair. cuts: indices of blocks where
-    the token sequence changes, such as a MAR's first decoder block; a pair never crosses one. Source: the paper's pairs
-    of 1:2, carried over to any groups."""
+    A group that keeps no block has no pair. cuts: indices of blocks where the token sequence changes, such as a MAR's
+    first decoder block; a pair never crosses one. Source: the paper's pairs of 1:2, carried over to any groups."""
     if isinstance(groups, list):
         ends = list(itertools.accumulate(m for _, m in groups))
     else:
@@ -1101,7 +1103,7 @@ def set_mask(model, mask, lists=None, streams=()):
         if is_masked(block):
             del block.forward
             before = vars(block).pop("unmasked_forward")
-            if block.forward != before:          # what we replaced was not the class's: accelerate replaces it too
+            if block.forward != before:          # it was the block's own already: accelerate sets one
                 block.forward = before
     if mask is None:
         return
