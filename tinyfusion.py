@@ -2460,9 +2460,20 @@ def draw_decisions(path, history, groups, kept):
         text(sheet, (left + width + 10, y), "kept" if block in kept else "dropped", anchor="lm")
     for edge in itertools.accumulate([m for _, m in as_list(groups)], initial=0):            # a line between groups
         ImageDraw.Draw(sheet).line((0, top + 26 * edge, left + width + 90, top + 26 * edge), fill=(120, 120, 120))
-    text(sheet, (left, top + height + 20), "step 0", anchor="ms")
-    text(sheet, (left + width, top + height + 20), f"step {history[-1][0]}", anchor="ms")
+    steps = history[-1][0]
+    for step in np.linspace(0, steps, 5).round():
+        text(sheet, (left + step / steps * width, top + height + 20), f"{step:g}", anchor="ms")
+    text(sheet, (left - 10, top + height + 20), "step", anchor="rs")
     write_png(path, sheet)
+
+
+def rounded(values):
+    """Numbers, rounded to as few digits as keep them apart: the ticks of an axis."""
+    for digits in range(2, 7):
+        ticks = [float(f"{value:.{digits}g}") for value in values]
+        if len(set(ticks)) == len(values):
+            break
+    return ticks
 
 
 def axes(sheet, left, top, side, points, names, logarithmic):
@@ -2480,12 +2491,12 @@ def axes(sheet, left, top, side, points, names, logarithmic):
         return left + across, top + side - up
 
     ImageDraw.Draw(sheet).rectangle((left, top, left + side, top + side), outline=(200, 205, 215))
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        values = low + share * (high - low)
-        x, y = [math.exp(value) if log else value for value, log in zip(values, logarithmic)]
+    ticks = [rounded(np.exp(values) if log else values)
+             for values, log in zip(np.linspace(low, high, 5).T, logarithmic)]
+    for x, y in zip(*ticks):
         across, up = place(x, y)
-        text(sheet, (across, top + side + 20), f"{x:.4g}", anchor="ms")
-        text(sheet, (left - 8, up), f"{y:.2g}", anchor="rm")
+        text(sheet, (across, top + side + 20), f"{x:g}", anchor="ms")
+        text(sheet, (left - 8, up), f"{y:g}", anchor="rm")
     text(sheet, (left, top - 12), names[1], anchor="ls")
     text(sheet, (left + side / 2, top + side + 44), names[0], anchor="ms")
     return place
@@ -2505,7 +2516,8 @@ def draw_losses(path, log_file):
         curve.append((row["step"], row.get("denoising", row["loss"])))
     sheet = Image.new("RGB", (430 * len(curves) + 20, 470), "white")
     for number, (stage, curve) in enumerate(curves.items()):
-        place = axes(sheet, 430 * number + 70, 50, 350, curve, ("step", f"{stage}: denoising loss"), (False, True))
+        names = ("step", f"{stage}: denoising loss (logarithmic)")
+        place = axes(sheet, 430 * number + 70, 50, 350, curve, names, (False, True))
         ImageDraw.Draw(sheet).line([place(*point) for point in curve], fill=(18, 62, 130), width=2)
     write_png(path, sheet)
 
@@ -3115,7 +3127,8 @@ def make_parser(preset):
     """The flags, with the defaults of a row of PRESETS."""
     parser = Parser(
         usage="python tinyfusion.py [flags]", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Train a diffusion transformer, learn which layers to keep, prune it, recover it and measure it.",
+        description="Train a diffusion transformer, learn which layers to keep, prune it, recover it and measure it.\n"
+                    "A run that was stopped goes on with the same command.",
         epilog="""examples:
   python tinyfusion.py                                drawn digits, a few minutes on a laptop, into runs/toy
   python tinyfusion.py --data FOLDER --model SiT-toy  the same on your images, with flow matching
@@ -3130,17 +3143,19 @@ def make_parser(preset):
     add("--teacher-steps", type=int, metavar="N", help="training steps (batches) of a new teacher (%(default)s)")
     add("--teacher-lr", type=float, metavar="X", help="its learning rate (%(default)s)")
     add = parser.add_argument_group("learning which blocks to keep").add_argument
-    add("--groups", default="1:2", metavar="N:M", help="N of every M blocks, or 2:4,3:4,..., or N of all (%(default)s)")
+    add("--groups", default="1:2", metavar="N:M", help="keep N of every M blocks; 2:4,3:4,... one group after another; "
+        "or a bare N of all blocks (%(default)s)")
     add("--criterion", default="learned", metavar="NAME", help="how they are chosen: learned, blocks as in 0,2,5, or "
         f"{', '.join(CRITERIA)} (%(default)s)")
     add("--learn-steps", type=int, metavar="N", help="steps of learning (%(default)s)")
     add("--logits-lr", type=float, metavar="X", help="learning rate of the mask's logits (%(default)s)")
-    add("--update", default="lora", choices=("lora", "full", "frozen"), help="what trains along (%(default)s)")
+    add("--update", default="lora", choices=("lora", "full", "frozen"), help="what trains with the mask (%(default)s)")
     add("--learn-lr", type=float, metavar="X", help="learning rate of that update (%(default)s)")
     add = parser.add_argument_group("recovery").add_argument
     add("--recover-steps", type=int, metavar="N", help="fine-tuning steps of the student (%(default)s)")
     add("--recover-lr", type=float, metavar="X", help="its learning rate (%(default)s)")
-    add("--kd", default="masked", choices=KD_MODES, help="distillation; none: plain fine-tuning (%(default)s)")
+    add("--kd", default="masked", choices=KD_MODES, help="distillation of the outputs and of hidden states (masked: "
+        "without outliers), of the outputs alone (logits), or none (%(default)s)")
     add = parser.add_argument_group("measuring").add_argument
     add("--samples", type=int, metavar="N", help="images drawn from each model (%(default)s)")
     add("--sample-steps", type=int, metavar="N", help="sampling steps per image (%(default)s)")
@@ -3155,7 +3170,7 @@ def make_parser(preset):
     add("--accumulate", type=int, default=1, metavar="N", help="cut batches into N parts to save memory (%(default)s)")
     add("--compile", action="store_true", help="torch.compile the blocks: a slow start, faster steps")
     add = parser.add_argument_group("instead of a run").add_argument
-    add("--compare", choices=("criteria", "all"), metavar="WHAT",
+    add("--compare", choices=("criteria", "all"),
         help="compare learning with all criteria, or with all masks that the groups allow")
     add("--encode", metavar="DIR", help="encode a folder of images with --vae into latents in --out")
     add("--fid", metavar="PATH", help="only compare these images (a folder or .npz) with --ref")
