@@ -1371,8 +1371,12 @@ class Measuring(InFolder):
         (folder / "empty").mkdir()
         np.savez(folder / "grey.npz", arr_0=a[..., 0])
         np.savez(folder / "wide.npz", mu=np.zeros(3), sigma=np.eye(3))
+        np.savez(folder / "nan.npz", mu=np.full(8, np.nan), sigma=np.eye(8))
+        np.save(folder / "array.npy", a)
+        (folder / "array.npy").rename(folder / "array.npz")
+        save_images(folder / "one", 1, 12, 12)
         start = ["--device cpu --fid", folder / "a"]
-        for other in ("empty", "nothing", "nothing.npz", "torn.npz", "grey.npz"):
+        for other in ("empty", "nothing", "one", "nothing.npz", "torn.npz", "grey.npz", "nan.npz", "array.npz"):
             self.refused(str(folder / other), *start, "--ref", folder / other, *inception)
         self.refused("expected (F,) and (F, F)", *start, "--ref", folder / "wide.npz", *inception)
         self.refused("--inception FILE is needed", *start, "--ref", folder / "b")
@@ -1454,6 +1458,15 @@ class Data(InFolder):
         stripes = Image.fromarray(np.repeat(np.array([0] * 16 + [200] * 16 + [0] * 16, np.uint8)[None], 16, 0))
         self.assertTrue((np.asarray(tf.center_crop(stripes, 16)) == 200).all())
 
+    def test_the_labels_of_data_for_a_checkpoint_are_matched_by_the_names_of_its_classes(self):
+        images, labels = torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 1])
+        for classes, names, expected in ((["3", "7"], list("01234567"), [3, 7, 7]), (["b", "c"], list("abc"), [1, 2, 2]),
+                                         (["0", "1"], list("abc"), [0, 1, 1]), (["x", "y"], ["0", "1"], [0, 1, 1])):
+            data = tf.with_classes(tf.Dataset(images, labels, classes), names)
+            self.assertEqual((data.labels.tolist(), data.classes), (expected, classes if "x" in classes else names))
+        for names in (list("abc"), list("012")):
+            self.assertRaisesRegex(tf.UserError, "x, y", tf.with_classes, tf.Dataset(images, labels, ["x", "y"]), names)
+
     def latents(self, n=20):
         """A folder with the pair of files, and one in the public layout, of the same latents: 2 i + m in the middle."""
         x = np.arange(2 * n, dtype=np.float32).reshape(n, 2, 1, 1, 1) + np.zeros((4, 4, 4), np.float32)
@@ -1513,6 +1526,9 @@ class Data(InFolder):
         refused(pair, "only 2 names")
         np.save(pair / "labels.npy", np.arange(20) / 2)
         refused(pair, "whole number")
+        np.save(labels / "7.npy", [1, 2])
+        refused(self.folder / "files", "labels/7.npy")
+        np.save(labels / "7.npy", [1])
         (features / "11.npy").write_bytes(b"torn")
         refused(self.folder / "files", "11.npy")
         (labels / "1.npy").unlink()
@@ -1660,6 +1676,8 @@ class Training(InFolder):
     def test_only_what_is_out_of_memory_is_called_so(self):
         for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory")):
             self.refused("--accumulate", main=lambda _: tf.guarded("x", mock.Mock(side_effect=error)))
+        no_compiler = RuntimeError("InvalidCxxCompiler: No working C++ compiler found")
+        self.refused("--compile needs", main=lambda _: tf.guarded("x", mock.Mock(side_effect=no_compiler)))
         with self.assertRaisesRegex(RuntimeError, "illegal memory access"):
             tf.guarded("x", mock.Mock(side_effect=RuntimeError("CUDA error: an illegal memory access was encountered")))
 
@@ -1832,6 +1850,7 @@ class Files(InFolder):
         for name, more in (("depth", {"depth": 5}), ("foreign", {"layers": 5}), ("absurd", {"hidden_size": 40_000_000}),
                            ("deep", {"depth": 10 ** 9})):
             bad[name] = good | {"config": good["config"] | more}
+        bad["classes"] = good | {"classes": ["a", "b"]}
         for name, objective in (("mar", "mar"), ("foo", "foo"), ("three", [3])):
             bad[name] = good | {"objective": objective}
         for name, content in bad.items():
@@ -1840,7 +1859,8 @@ class Files(InFolder):
             (folder / f"{name}.pt").write_bytes(content)
         for reason, names in (("no such file", "missing"), ("nothing in it was run", "attack"), ("width 16", "plain"),
                               ("not a PyTorch file", "torn noise empty"), ("not one of this", "list"),
-                              ("more blocks", "deep"), ("disagree", "other absurd depth foreign"),
+                              ("more blocks", "deep"), ("do not fit its model", "classes"),
+                              ("disagree", "other absurd depth foreign"),
                               ("objective", "mar foo three")):
             for name in names.split():
                 for main in (tf.main, sample.main):
@@ -1963,6 +1983,8 @@ class Laboratory(Quick):
             self.assertEqual([len(values) for values in table["no-groups"].values()], [2] * 4)
         self.refused("--learn-steps 2 (now 3)", TINY, self.folder / "all", *words, "all --learn-steps 3")
         self.refused("--recover-lr 0.002 (now 0.001)", TINY, self.folder / "all", *words, "all --recover-lr 1e-3")
+        with mock.patch.object(tf, "recover", side_effect=tf.UserError("disk full")):
+            self.refused("disk full", TINY, self.folder / "full", *words, "criteria", lines=None)
         hot = [self.folder / "x", "--compare all --teacher-lr 1e8"]
         self.refused("a lower --teacher-lr goes on", TINY, *hot, lines=None)
 
@@ -2127,6 +2149,7 @@ class CommandLine(Quick):
         np.save(folder / "data" / "labels.npy", np.arange(40) % 5)
         save_images(folder / "images", 12, 32, 32)
         torch.jit.script(StandIn()).save(folder / "net.pt")
+        np.savez(folder / "mu.npz", mu=np.zeros(5), sigma=np.eye(5))
         data, ckpt = ["--data", folder / "data"], ["--ckpt", folder / "official.pt"]
         flags = [*data, "--vae toy --accumulate 2 --inception", folder / "net.pt", "--ref", folder / "images"]
         self.enterContext(mock.patch.object(tf, "VAE", ToyVAE))
@@ -2140,6 +2163,7 @@ class CommandLine(Quick):
         for reason, *wrong in (("depth of 8", "--groups 3:5"), ("not a DiT-S/2", "--model DiT-S/2"),
                                ("cut into 3", "--accumulate 3"), ("nothing", "--data", folder / "nothing"),
                                ("nothing", "--ref", folder / "nothing"), ("no.npz", "--ref", folder / "no.npz"),
+                               ("mu (5,)", "--ref", folder / "mu.npz"),
                                ("TorchScript", "--inception", folder / "official.pt"),
                                ("PyTorch file", "--ckpt", folder / "data" / "labels.npy")):
             self.refused(reason, TINY, folder / "x", *flags, *ckpt, *wrong)

@@ -860,6 +860,7 @@ def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=
             mask = sampler(batch_size, now, scale)
             mask.register_hook(lambda gradient: reached.add(True))
             return mask
+
         value = loss_fn(model, sample_mask)
         if not value.requires_grad:
             raise unused
@@ -1521,8 +1522,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     With S1 = R R^T, sqrt(S1 S2) has the trace of the symmetric sqrt(R^T S2 R), whose eigenvalues are real and, but for
     rounding, not negative: one symmetric eigenproblem instead of a general matrix square root. R comes from the
     eigenvectors of S1, which may be singular (fewer samples than features). Raises ValueError for shapes that do not
-    fit or covariances that are not finite. Source: arXiv:1706.08500, equation 6."""
-    mu1, mu2, sigma1, sigma2 = [np.asarray(a, dtype=np.float64) for a in (mu1, mu2, sigma1, sigma2)]
+    fit or numbers that are not finite. Source: arXiv:1706.08500, equation 6."""
+    mu1, mu2, sigma1, sigma2 = [np.asarray_chkfinite(a, dtype=np.float64) for a in (mu1, mu2, sigma1, sigma2)]
     if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape or sigma1.shape != mu1.shape * 2:
         raise ValueError(f"Frechet distance of means {mu1.shape}, {mu2.shape} and covariances {sigma1.shape}, "
                          f"{sigma2.shape}: expected (F,) and (F, F)")
@@ -1636,6 +1637,8 @@ def load_arrays(path, mmap_mode=None):
     """The array in an .npy file, or the dict of arrays in an .npz file. Raises UserError where it cannot be read."""
     with reading(path, "a whole .npy or .npz file"):
         content = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+        if isinstance(content, np.ndarray) != (Path(path).suffix == ".npy"):
+            raise ValueError("it holds the other kind")
         return content if isinstance(content, np.ndarray) else dict(content)
 
 
@@ -1654,14 +1657,19 @@ def images_of(path):
 def statistics_of(path, look=None):
     """Statistics of the images in a folder or .npz file, seen through `look`. Of an .npz file with `mu` and `sigma`
     these are used (ADM's reference batches have them, of all of ImageNet), and its `arr_0`, if any, for precision and
-    recall. Raises UserError for a file that has none of these, and where images need a `look`."""
+    recall. Raises UserError for a file that has none of these or not enough, and where images need a `look`."""
     saved = load_arrays(path) if Path(path).suffix == ".npz" else {}
     known = {name: saved[name] for name in ("mu", "sigma", "settings") if name in saved}
-    if {"mu", "sigma"} <= known.keys() and not (look and "arr_0" in saved):
-        return known
-    if not look:
-        raise UserError(f"{path}: --inception FILE is needed to look at images")
-    return statistics([look(images) for images in images_of(path)]) | known
+    if not {"mu", "sigma"} <= known.keys() or look and "arr_0" in saved:
+        if not look:
+            raise UserError(f"{path}: --inception FILE is needed to look at images")
+        parts = [look(images) for images in images_of(path)]
+        if sum(len(p) for _, p in parts) < 2:
+            raise UserError(f"{path}: one image has no covariance; expected more")
+        known = statistics(parts) | known
+    if not all(np.isfinite(known[name]).all() for name in ("mu", "sigma")):
+        raise UserError(f"{path}: expected finite numbers in mu and sigma")
+    return known
 
 
 def compare_statistics(fake, real, device="cpu"):
@@ -1802,9 +1810,9 @@ def center_crop(image, size):
 
 
 def read_image(path, size=None):
-    """An image file as a uint8 array (C, H, W), of one channel if it is grey, else of three; with a `size`, cropped to
-    that square. It is turned as its EXIF data say, and what is transparent is white. Raises UserError, with the file's
-    name, where it is not a whole image of 8 or 16 bits."""
+    """An image file as a uint8 array (C, H, W), of one channel if its mode is grey, else of three; with a `size`,
+    cropped to that square. It is turned as its EXIF data say, and what is transparent is white. Raises UserError, with
+    the file's name, where it is not a whole image of 8 or 16 bits."""
     with reading(path, "a whole image; repair or replace it"), Image.open(path) as image:
         image.getexif()                          # read and kept; the bytes go, or odd ones among them would be errors
         image.info.pop("exif", None)
@@ -1854,6 +1862,23 @@ def image_folder(folder, size):
     return Dataset(torch.from_numpy(images), torch.tensor([label for _, label in files]), classes)
 
 
+def with_classes(data, names):
+    """A Dataset with the classes of a checkpoint, which has learned those called `names`: labels are matched by name,
+    or left as they are where one of the two has only numbers. Raises UserError for a class that is not among them."""
+    def numbered(classes):
+        return classes == [str(i) for i in range(len(classes))]
+
+    if set(data.classes) <= set(names):
+        places = torch.tensor([names.index(name) for name in data.classes])
+        return Dataset(data.images, places[data.labels], names)
+    if numbered(data.classes) and len(data.classes) <= len(names):
+        return Dataset(data.images, data.labels, names)
+    if numbered(names) and len(data.classes) == len(names):
+        return data
+    raise UserError(f"--data has {len(data.classes)} classes, {', '.join(data.classes[:9])} ...; --ckpt has learned "
+                    f"{len(names)}, {', '.join(names[:9])} ...; expected some of these, or numbers")
+
+
 class NpyFiles(list):
     """A list of .npy files whose items are the arrays in them, read when they are needed."""
 
@@ -1889,7 +1914,11 @@ def open_data(folder, size):
     if not (folder / "imagenet256_features").is_dir():
         return image_folder(folder, size)
     files = sorted((folder / "imagenet256_features").glob("*.npy"), key=lambda path: (len(path.name), path.name))
-    labels = [load_arrays(folder / "imagenet256_labels" / path.name).item() for path in files]
+    labels = []
+    for path in files:
+        label = folder / "imagenet256_labels" / path.name
+        with reading(label, "one label"):
+            labels.append(load_arrays(label).item())
     return open_latents(NpyFiles(files), np.array(labels), folder)
 
 
@@ -2236,7 +2265,7 @@ def write_file(path, write):
         except (OSError, RuntimeError) as error:
             cause = error if isinstance(error, OSError) else error.__context__ or error      # torch.save hides it
             if isinstance(cause, OSError):
-                cause = UserError(f"cannot write {path}: {cause}; when that is mended, the same command goes on")
+                cause = UserError(f"cannot write {path}: {cause}; when that is mended, give the same command again")
             raise cause from None
         finally:
             temporary.unlink(missing_ok=True)
@@ -2275,7 +2304,8 @@ def read_checkpoint(path, *expected):
         raise UserError(f"checkpoint {path}: torn, not a PyTorch file, or one that holds more than weights and plain "
                         "data; nothing in it was run") from None
     if not isinstance(checkpoint, dict) or not set(expected) <= checkpoint.keys():
-        raise UserError(f"checkpoint {path}: not one of this program; expected the entries {', '.join(expected)}")
+        raise UserError(f"checkpoint {path}: not one of this program; expected a dict with "
+                        f"{', '.join(expected) or 'weights'}")
     return checkpoint
 
 
@@ -2367,6 +2397,9 @@ def load_checkpoint(path, device="cpu", name=None):
         "sampling": {"steps": row["sample_steps"], "guidance": row["guidance"], **row["sampling"]},
         "classes": [str(i) for i in range(model.num_classes)], **checkpoint,
         "name": name, "config": model.config(), "objective": row["objective"]}
+    classes = content["classes"]
+    if not (isinstance(content["sampling"], dict) and isinstance(classes, list) and len(classes) == model.num_classes):
+        raise UserError(f"checkpoint {path}: its entries `sampling` or `classes` do not fit its model")
     return model.to(device).eval(), content
 
 
@@ -2577,13 +2610,14 @@ class Run:
         self.args = args
         self.device = pick_device(args.device)
         self.data = open_data(args.data, args.image_size) if args.data else toy_digits(size=args.image_size)
+        if args.teacher:
+            self.data = with_classes(self.data, args.classes)
         with reading(f"--image-size {self.data.shape[1]}", "a size that the model's patches divide"):
             model = args.teacher or unallocated(self.new_model)
         self.groups = parse_groups(args.groups, len(model.blocks))
         self.diffusion = objective_of(args.objective, model)
         self.sampling = {"steps": args.sample_steps, "guidance": args.guidance, "clip_denoised": not self.data.latent,
                          **args.sampling}
-        self.classes = self.data.classes if len(self.data.classes) == model.num_classes else args.classes
         self.conditions = {name: getattr(args, name) for name in CONDITIONS}
         self.check(model)
         self.decode = VAE(args.vae, self.device).decode if args.vae else to_uint8
@@ -2606,9 +2640,8 @@ class Run:
         """Raise UserError where data, model and flags do not fit one another."""
         args, data = self.args, self.data
         expected = (model.in_channels, model.input_size, model.input_size)
-        if data.shape != expected or len(data.classes) > model.num_classes:
-            raise UserError(f"--ckpt takes {expected} in up to {model.num_classes} classes; --data has {data.shape} in "
-                            f"{len(data.classes)} (latents are made by --encode)")
+        if data.shape != expected:
+            raise UserError(f"--ckpt takes {expected}; --data has {data.shape} (latents are made by --encode)")
         if len(data.labels) < max(20, args.batch_size):
             raise UserError(f"{len(data.labels)} images are too few: expected 20, and no larger --batch-size")
         parts = world_size() * args.accumulate
@@ -2698,7 +2731,7 @@ class Run:
 
     def save(self, path, model, **more):
         """A stage's checkpoint."""
-        save_checkpoint(path, model, self.args.objective, self.sampling, self.classes, **more)
+        save_checkpoint(path, model, self.args.objective, self.sampling, self.data.classes, **more)
 
     def draw(self, model, labels, indices):
         """Images of `labels` (B,), uint8 (B, C, H, W), from the noise of the images `indices`."""
@@ -2713,7 +2746,7 @@ class Run:
         labels = self.data.labels[shown]
         rows = [("real images", self.decode(self.data.read(shown).to(self.device)).cpu())] if real else []
         rows += [(title, self.draw(model, labels, range(20))) for title, model in models.items()]
-        draw_samples(path, rows, [(self.classes[y], y) for y in labels.tolist()])
+        draw_samples(path, rows, [(self.data.classes[y], y) for y in labels.tolist()])
 
     def kept(self):
         """The blocks that the learning stage has chosen."""
@@ -2733,7 +2766,12 @@ class Run:
         else:
             look, accuracy = train_judge(self.data, self.device)
         if self.args.ref:
-            return look, statistics_of(self.args.ref, look), accuracy
+            real = statistics_of(self.args.ref, look)
+            features, _ = look(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+            if real["mu"].shape != features.shape[1:]:
+                raise UserError(f"--ref {self.args.ref}: mu {real['mu'].shape}; expected {features.shape[1:]}, the "
+                                "features of --inception")
+            return look, real, accuracy
         return look, statistics([look(images) for images in self.data.images.split(256)]), accuracy
 
     def branch(self, criterion, seed):
@@ -2823,7 +2861,7 @@ def stage_measure(run, path):
     by_class = data.labels.argsort(stable=True)
     labels = data.labels[by_class[torch.linspace(0, len(by_class) - 1, run.args.samples).long()]]
     look, real, accuracy = run.judge
-    conditions = zlib.crc32(str((run.conditions, world_size())).encode())
+    conditions = zlib.crc32(str((run.conditions | {"ref": None}, world_size())).encode())
     folder = run.out / f"measure-{conditions:08x}-{checksum(models['student'])}"
     folder.mkdir(exist_ok=True)
     rows, stats = measure(models, labels, run.draw, look, real, folder)
@@ -3050,6 +3088,8 @@ def compare(run, every_mask=False, seeds=(0, 1, 2)):
         try:
             with contextlib.redirect_stdout(None):           # the stages are not to print
                 found[name] = list(zip(*[outcome(run.branch(name, seed)) for seed in seeds]))
+        except UserError:                        # a full disk, a torn file
+            raise
         except ValueError as error:              # the oracle keeps one block of every pair; a recovery diverged
             print(f"{name} is left out: {error}")
         report(number, {})
@@ -3234,7 +3274,8 @@ def run_fid(args):
     fake = statistics_of(args.fid, look)
     row = compare_statistics(fake, statistics_of(args.ref, look), device)
     print(", ".join(f"{name.upper() if len(name) < 4 else name} {value:.4g}" for name, value in row.items()))
-    print(f"{args.fid}: {len(fake.get('p', ''))} samples, drawn with {fake.get('settings', 'unknown settings')};\n"
+    count = f"{len(fake['p'])} samples" if "p" in fake else "statistics of samples"
+    print(f"{args.fid}: {count}, drawn with {fake.get('settings', 'unknown settings')};\n"
           f"against {args.ref}; features of {args.inception or 'the two files'}")
 
 
@@ -3244,13 +3285,17 @@ def guarded(prog, body):
         body()
         return 0
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+        if "No working C++ compiler" in str(error):
+            words = "--compile needs a C++ compiler: install one, such as g++, or leave the flag out"
+        elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            words = "out of memory; --accumulate 2 helps in training, a smaller --batch-size everywhere"
+        else:
             raise
-        words = "out of memory; --accumulate 2 helps in training, a smaller --batch-size everywhere"
     except (ValueError, OSError) as error:       # the functions above say in a ValueError what is wrong with input
         words = " ".join(str(error).split())
     except KeyboardInterrupt:
-        print(f"\n{prog}: stopped; all files are whole, and the same command takes a run up again", file=sys.stderr)
+        print(f"\n{prog}: stopped; all files are whole, and a run of stages goes on with the same command",
+              file=sys.stderr)
         return 130
     print(f"{prog}: {words}", file=sys.stderr)
     return 2
