@@ -3103,12 +3103,13 @@ def compare(run, every_mask=False, seeds=(0, 1, 2)):
         if name not in masks:
             dot.append(name)
             better = sum(fids[mask] < fids[name] for mask in masks)
+            lead = np.subtract(found["no-groups"][3], fid) if "no-groups" in found else []   # seed by seed
             rows.append([name, " ".join(map(str, kept[0])), spread(pruned, 3), spread(recovered, 4), spread(fid, 1),
-                         f"{better} of {len(masks)}" if masks else "-"])
+                         spread(lead, 1) if len(lead) else "-", f"{better} of {len(masks)}" if masks else "-"])
     columns = ("kept", "loss_after_pruning", "loss_after_recovery", "fid")
     write_json(run.out / "compare.json", {name: dict(zip(columns, values)) for name, values in found.items()})
     print_table(["method", f"kept blocks (seed {seeds[0]})", "loss after pruning", "loss after recovery",
-                 "toy-FID after recovery", "better masks"], rows)
+                 "toy-FID after recovery", "no-groups minus it", "better masks"], rows)
     if masks:
         losses = [np.mean(found[mask][1]) for mask in masks]
         correlation = scipy.stats.spearmanr(losses, [fids[mask] for mask in masks]).statistic
