@@ -268,18 +268,6 @@ class Heart(Numeric):
             grad, = torch.autograd.grad((soft * torch.randn(6, 5)).sum(), keys)
             close(grad.sum(1), torch.zeros(6).double())
 
-    def test_useless_blocks_side_by_side_are_found_where_no_group_could_drop_them_all(self):
-        def loss_fn(model, sample_mask):
-            x = torch.randn(32, 4)
-            return F.mse_loss(tf.masked_forward(model, x, mask=sample_mask(32))[0], 8 * x)
-        torch.manual_seed(3)
-        model = nn.ModuleList([nn.Linear(4, 4, bias=False) for _ in range(6)])
-        for i, block in enumerate(model):
-            block.weight.data = 2 * torch.eye(4) if i < 3 else torch.eye(4) + 0.7 * torch.randn(4, 4)
-        sampler, history = tf.learn_layers(model, loss_fn, (3, 6), 80, rank=1, lr=1e-3, logits_lr=5e-3)
-        self.assertEqual((sampler.kept(), len(history[-1][1])), ([0, 1, 2], 6))
-        self.assertGreater(sampler.confidence().min(), 0.9)
-
     def test_groups_that_fit_are_parsed_and_others_refused_with_the_reason(self):
         self.assertEqual(tf.parse_groups("1:2", 6), [(1, 2)] * 3)
         self.assertEqual(tf.parse_groups("2:4,1:2", 6), [(2, 4), (1, 2)])
@@ -317,21 +305,23 @@ class Heart(Numeric):
         self.assertEqual(len(added), 6)          # out_proj of the attention, linear1, linear2
         self.assertTrue(all(p.grad.any() for p in added))
 
-    def test_planted_useless_blocks_are_found_and_the_weights_left_alone(self):
-        """Six blocks: 1, 2 and 4 do the work, the others add junk; the pattern differs from group to group."""
+    def test_planted_useless_blocks_are_found_in_groups_and_without_and_the_weights_left_alone(self):
+        """Six blocks, of which three do the work and the others add junk. Without groups the three are side by side."""
         def loss_fn(model, sample_mask):
             x = torch.randn(32, 4)
             return F.mse_loss(tf.masked_forward(model, x, mask=sample_mask(32))[0], 8 * x)
-
-        for update in ("lora", "full", "frozen"):
+        pairs = [(1, 2)] * 3
+        for update, groups, useful in (("lora", pairs, [1, 2, 4]), ("full", pairs, [1, 2, 4]),
+                                       ("frozen", pairs, [1, 2, 4]), ("lora", (3, 6), [0, 1, 2])):
             torch.manual_seed(3)
             model = nn.ModuleList([nn.Linear(4, 4, bias=False) for _ in range(6)])
             for i, block in enumerate(model):
-                block.weight.data = 2 * torch.eye(4) if i in (1, 2, 4) else torch.eye(4) + 0.7 * torch.randn(4, 4)
+                block.weight.data = 2 * torch.eye(4) if i in useful else torch.eye(4) + 0.7 * torch.randn(4, 4)
             before = copy.deepcopy(model.state_dict())
-            sampler, history = tf.learn_layers(model, loss_fn, [(1, 2)] * 3, 60, update=update, rank=1, lr=1e-3,
+            sampler, history = tf.learn_layers(model, loss_fn, groups, 80, update=update, rank=1, lr=1e-3,
                                                logits_lr=5e-3)
-            self.assertEqual((sampler.kept(), history[0][0], history[-1][0]), ([1, 2, 4], 0, 60), update)
+            found = sampler.kept(), history[0][0], history[-1][0], len(history[-1][1])
+            self.assertEqual(found, (useful, 0, 80, 6), update)
             self.assertGreater(sampler.confidence().min(), 0.9)
             close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
             self.assertTrue(all(p.requires_grad for p in model.parameters()))
@@ -2016,9 +2006,13 @@ class CommandLine(Quick):
             (run / name).write_text(whole)
         measured = self.story(run, "--samples 12")
         self.assertEqual((measured.count(reused), "samples 12" in measured), (3, True), "it measures again, no more")
+        before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
+        (run / "recover-state.pt").write_bytes(b"of another student")
         (run / "layers.json").unlink()
         self.assertEqual(self.story(run).count(reused), 1, "what follows a removed file is done again")
         self.assertEqual({path.name for path in run.iterdir()}, names)
+        for name in ("layers.json", "student.pt", "results.json"):
+            self.assertGreater((run / name).stat().st_mtime_ns, before[name], name)
         self.assert_same(student["ema"], load(run / "student.pt")["ema"])
         words = ["--ckpt", run / "student.pt"]
         self.assertEqual(call(*words, "--labels 3,1 --out", self.folder / "grid.png", main=sample.main)[0], 0)
@@ -2096,18 +2090,6 @@ class CommandLine(Quick):
     def measured(self, samples):
         self.story(self.folder / "run", f"--samples {samples}")
         return self.folder / "run" / "results.json"
-
-    def test_what_a_redone_stage_makes_outdated_goes(self):
-        run = self.folder / "run"
-        self.story(run)
-        before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
-        (run / "recover-state.pt").write_bytes(b"of another student")
-        (run / "layers.json").unlink()
-        self.assertEqual(self.story(run).count("is there and is used"), 1)
-        after = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
-        self.assertEqual(before.keys(), after.keys())
-        for name in ("layers.json", "student.pt", "results.json"):
-            self.assertGreater(after[name], before[name], name)
 
     def test_bad_input_is_one_line_and_exit_status_2(self):
         (self.folder / "file").write_text("x")
