@@ -373,7 +373,8 @@ class Objective:
         distillation_losses(student_output, teacher_output, x_t, t)    how far apart two models are, (B,)
         sample(model, y, draw, steps, guidance, ...)              images (B, C, H, W) of the classes y (B,)
 
-    Losses are float32 whatever the output is. draw() returns fresh standard normal noise (B, C, H, W) at every call."""
+    Losses are float32 whatever the output is. draw() returns fresh standard normal noise (B, C, H, W) at every call.
+    (MAR's times are those of tokens, and its draw takes a shape.)"""
 
     def training_losses(self, model, x0, t, y, noise=None):
         """The `losses` of `model(x_t, t, y)`, which is called here. x0 (B, C, H, W), t and y (B,)."""
@@ -595,7 +596,7 @@ def rows_of(arguments, rows, B):
 
 
 def masked_block(run, streams, m, kept, dropped):
-    """One block under its mask. streams: the inputs (B, ...) that the block changes, mostly one. Returns their list of
+    """One block under its mask. streams: the inputs (B, ...) that the block changes, mostly one. Returns their
     outputs (B, ...).
 
     run(rows) returns a tuple of the block's outputs for these examples alone, one per stream, or None for a stream that
@@ -828,15 +829,15 @@ def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=
                  tau=(4.0, 0.1), scale=100.0, prepare=lambda model: None, on_step=lambda step, metrics: None, **loop):
     """Learn which blocks to keep: optimise the logits of `make_sampler(groups)` together with a weight update.
 
-    loss_fn(model, sample_mask) draws a batch, calls `mask = sample_mask(batch_size)` for its masks (B, L), and
-    returns the masked model's loss, a scalar. Where the forward pass takes no mask, `set_mask` (Chapter 6) gives it
-    one. `update` is "lora", "full" (all weights train) or "frozen" (none do): the rows of the paper's Table 4. rank and
-    alpha are those of `add_lora`, scale that of `LayerSampler`; tau falls linearly from tau[0] to tau[1]: from a
-    quiet gradient to a truer one. Works on a copy; prepare(copy) is called before the first step, for example to
-    compile its blocks. on_step and loop (`seed`, `state` ...) are those of `train`. The defaults are the paper's for
-    DiT-XL. Returns the sampler and its history, a list of (step, keep_probability). Raises ValueError for an unknown
-    update, a model without trainable weights, or a loss that does not depend on the mask. Source: the paper's joint
-    optimisation of mask and update."""
+    loss_fn(model, sample_mask) draws a batch, calls `mask = sample_mask(batch_size)` for its masks (B, L), and returns
+    the masked model's loss, a scalar. Where the forward pass takes no mask, `set_mask` (Chapter 6) gives it one.
+    `update` is "lora", "full" (all weights train) or "frozen" (none do): the rows of the paper's Table 4. rank and
+    alpha are those of `add_lora`, scale that of `LayerSampler`; tau falls linearly from tau[0] to tau[1]: from a quiet
+    gradient to a truer one. Works on a copy; prepare(copy) is called before the first step, for example to compile its
+    blocks. on_step and loop (`seed`, `state` ...) are those of `train`. The defaults are the paper's for DiT-XL,
+    without its EMA. Returns the sampler and its history, a list of (step, keep_probability). Raises ValueError for an
+    unknown update, a model without trainable weights, or a loss that does not depend on the mask. Source: the paper's
+    joint optimisation of mask and update."""
     if update not in ("lora", "full", "frozen"):
         raise ValueError(f"update {update!r}: expected lora, full or frozen")
     model = copy.deepcopy(model).train()
@@ -1467,7 +1468,7 @@ MAR_models = {
     "MAR-toy": _mar(6, 64, 4, 128, 2, patch_size=4, buffer_size=8, dropout=0.0),
 }
 
-# One row of settings per model, from which every default of the command line comes. PAPER is the paper's recipe for
+# One row of settings per model, from which most defaults of the command line come. PAPER is the paper's recipe for
 # DiT-XL (it learns with batches of half the size); teacher_steps and teacher_lr are DiT's. TOY was tuned on the drawn
 # digits. ema_decay: of the average of the weights; beta: first weight of the features in masked KD; label_std: of a new
 # DiT's label embeddings, officially 0.02; sampling: further arguments of the objective's `sample`.
@@ -2200,34 +2201,38 @@ def train(model, loss_fn, steps, *, params=None, lr=1e-4, final_lr_ratio=1.0, wa
 
 def progress(label, steps, log_file=None, unit="steps", first=0):
     """An on_step that prints "label step/steps, loss, speed, time left" every ten seconds and at the end, and appends
-    the numbers of a hundred steps or more to `log_file`, as lines of JSON. The loss is the mean since the last line,
-    the denoising loss that of the step. first: the step at which the run starts."""
+    the numbers of a hundred steps or more to `log_file`, as lines of JSON. All are means since the line before. first:
+    the step at which the run starts."""
     start = time.perf_counter()
     printed = start
-    losses = []
+    recent = []                                  # the metrics since the last printed line
     every = max(1, min(100, steps // 100))
+
+    def mean(name, metrics):
+        return float(np.mean([float(step[name]) for step in metrics]))
 
     def on_step(step, metrics):
         nonlocal printed
-        losses.append(metrics.get("loss", math.nan))
+        if rank() > 0:
+            return
+        recent.append({name: torch.as_tensor(value).detach() for name, value in metrics.items()})
         now = time.perf_counter()
         to_print = now >= printed + 10 or step + 1 == steps
-        if rank() > 0 or not (to_print or (step + 1) % every == 0):
+        if not (to_print or (step + 1) % every == 0):
             return
         speed = (step + 1 - first) / (now - start)
         if log_file:
-            numbers = {name: torch.as_tensor(value).item() for name, value in metrics.items()}
-            line = {"stage": label, "step": step + 1, **numbers, "loss": np.mean(losses[-every:]), "steps_per_s": speed}
+            numbers = {name: mean(name, recent[-every:]) for name in metrics}
             with open(log_file, "a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps({"stage": label, "step": step + 1, **numbers, "steps_per_s": speed}) + "\n")
         if to_print:
             printed = now
-            loss = f"  loss {np.mean(losses):.4f}" if "loss" in metrics else ""
-            if "denoising" in metrics:           # of which the loss of a recovery is only a tenth
-                loss += f"  denoising {metrics['denoising']:.4f}"
+            # The denoising loss too: it is only a tenth of a recovery's loss.
+            losses = [f"  {name} {mean(name, recent):.4f}" for name in ("loss", "denoising") if name in metrics]
             left = (steps - step - 1) / speed
-            print(f"{label:8} {step + 1}/{steps}{loss}  {speed:.3g} {unit}/s  {left:.0f} s left", file=sys.stderr)
-            losses.clear()
+            print(f"{label:8} {step + 1}/{steps}{''.join(losses)}  {speed:.3g} {unit}/s  {left:.0f} s left",
+                  file=sys.stderr)
+            recent.clear()
     return on_step
 
 
@@ -2500,15 +2505,6 @@ def draw_decisions(path, history, groups, kept):
     write_png(path, sheet)
 
 
-def rounded(values):
-    """Numbers, rounded to as few digits as keep them apart: the ticks of an axis."""
-    for digits in range(2, 7):
-        ticks = [float(f"{value:.{digits}g}") for value in values]
-        if len(set(ticks)) == len(values):
-            break
-    return ticks
-
-
 def axes(sheet, left, top, side, points, names, logarithmic):
     """Draw the frame of a plot of points (N, 2) on a PIL image, a square with five ticks on each axis. names and
     logarithmic: of both axes. Returns place(x, y), where a point lies in the image."""
@@ -2524,9 +2520,9 @@ def axes(sheet, left, top, side, points, names, logarithmic):
         return left + across, top + side - up
 
     ImageDraw.Draw(sheet).rectangle((left, top, left + side, top + side), outline=(200, 205, 215))
-    ticks = [rounded(np.exp(values) if log else values)
-             for values, log in zip(np.linspace(low, high, 5).T, logarithmic)]
-    for x, y in zip(*ticks):
+    for point in np.linspace(low, high, 5):
+        values = [math.exp(value) if log else value for value, log in zip(point, logarithmic)]
+        x, y = [float(f"{value:.3g}") for value in values]                   # a tick stands where its label says
         across, up = place(x, y)
         text(sheet, (across, top + side + 20), f"{x:g}", anchor="ms")
         text(sheet, (left - 8, up), f"{y:g}", anchor="rm")
@@ -3121,7 +3117,7 @@ def compare(run, every_mask=False, seeds=(0, 1, 2)):
 # ---------------------------------------------------------------------------------------------------------------------
 # Chapter 13. The command line
 #
-# Every default comes from the model's row in PRESETS (Chapter 6). By default the four stages run. --compare trains the
+# Most defaults come from the model's row in PRESETS (Chapter 6). By default the four stages run. --compare trains the
 # teacher if need be, and then goes to the laboratory instead. --encode and --fid stand alone.
 # ---------------------------------------------------------------------------------------------------------------------
 
