@@ -628,7 +628,8 @@ def check_group(n, m):
 
 
 def nm_masks(n, m):
-    """All ways to keep n of m blocks: a 0/1 matrix (candidates, m). Raises ValueError as `check_group` does."""
+    """All ways to keep n of m blocks, the paper's candidate masks: a 0/1 matrix (candidates, m). Raises ValueError as
+    `check_group` does."""
     check_group(n, m)
     kept = torch.tensor(list(itertools.combinations(range(m), n)))           # (candidates, n)
     return torch.zeros(len(kept), m).scatter_(1, kept, 1.0)
@@ -3164,8 +3165,7 @@ def make_parser(preset):
     """The flags, with the defaults of a row of PRESETS."""
     parser = Parser(
         usage="python tinyfusion.py [flags]", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Train a diffusion transformer, learn which layers to keep, prune it, recover it and measure it.\n"
-                    "A run that was stopped goes on with the same command.",
+        description="Train a diffusion transformer, learn which layers to keep, prune it, recover it and measure it.",
         epilog="""examples:
   python tinyfusion.py                                drawn digits, a few minutes on a laptop, into runs/toy
   python tinyfusion.py --data FOLDER --model SiT-toy  the same on your images, with flow matching
@@ -3175,13 +3175,12 @@ def make_parser(preset):
     add("--ckpt", metavar="FILE", help="start from this teacher, official or ours; SiT-XL/2 needs --model too")
     add("--data", metavar="DIR", help="images, one sub-folder per class, or latents (without it: drawn digits)")
     add("--image-size", type=int, metavar="N", help="side of the images (16; 256 with --encode)")
-    add("--out", metavar="DIR", help="folder of the results (runs/NAME, of --data or --model)")
+    add("--out", metavar="DIR", help="folder of the results, and of a stopped run to go on with (runs/NAME)")
     add("--stages", default=",".join(RESULTS), metavar="LIST", help="the stages to run (%(default)s)")
     add("--teacher-steps", type=int, metavar="N", help="training steps (batches) of a new teacher (%(default)s)")
     add("--teacher-lr", type=float, metavar="X", help="its learning rate (%(default)s)")
     add = parser.add_argument_group("learning which blocks to keep").add_argument
-    add("--groups", default="1:2", metavar="N:M", help="keep N of every M blocks; 2:4,3:4,... one group after another; "
-        "or a bare N of all blocks (%(default)s)")
+    add("--groups", default="1:2", metavar="N:M", help="N of every M blocks; 2:4,3:4,...; or N, of all (%(default)s)")
     add("--criterion", default="learned", metavar="NAME", help="how they are chosen: learned, blocks as in 0,2,5, or "
         f"{', '.join(CRITERIA)} (%(default)s)")
     add("--learn-steps", type=int, metavar="N", help="steps of learning (%(default)s)")
@@ -3191,8 +3190,8 @@ def make_parser(preset):
     add = parser.add_argument_group("recovery").add_argument
     add("--recover-steps", type=int, metavar="N", help="fine-tuning steps of the student (%(default)s)")
     add("--recover-lr", type=float, metavar="X", help="its learning rate (%(default)s)")
-    add("--kd", default="masked", choices=KD_MODES, help="distillation of the outputs and of hidden states (masked: "
-        "without outliers), of the outputs alone (logits), or none (%(default)s)")
+    add("--kd", default="masked", choices=KD_MODES, help="distillation: of hidden states without outliers (masked) or "
+        "with (feature), of outputs alone (logits), none (%(default)s)")
     add = parser.add_argument_group("measuring").add_argument
     add("--samples", type=int, metavar="N", help="images drawn from each model (%(default)s)")
     add("--sample-steps", type=int, metavar="N", help="sampling steps per image (%(default)s)")
@@ -3207,8 +3206,7 @@ def make_parser(preset):
     add("--accumulate", type=int, default=1, metavar="N", help="cut batches into N parts to save memory (%(default)s)")
     add("--compile", action="store_true", help="torch.compile the blocks: a slow start, faster steps")
     add = parser.add_argument_group("instead of a run").add_argument
-    add("--compare", choices=("criteria", "all"),
-        help="compare learning with all criteria, or with all masks that the groups allow")
+    add("--compare", choices=("criteria", "all"), help="compare learning with the criteria, or with all masks too")
     add("--encode", metavar="DIR", help="encode a folder of images with --vae into latents in --out")
     add("--fid", metavar="PATH", help="only compare these images (a folder or .npz) with --ref")
     parser.set_defaults(**preset)
