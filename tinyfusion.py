@@ -831,14 +831,13 @@ def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=
     """Learn which blocks to keep: optimise the logits of `make_sampler(groups)` together with a weight update.
 
     loss_fn(model, sample_mask) draws a batch, calls `mask = sample_mask(batch_size)` for its masks (B, L), and returns
-    the masked model's loss, a scalar. Where the forward pass takes no mask, `set_mask` (Chapter 6) gives it one.
-    `update` is "lora", "full" (all weights train) or "frozen" (none do): the rows of the paper's Table 4. rank and
-    alpha are those of `add_lora`, scale that of `LayerSampler`; tau falls linearly from tau[0] to tau[1]: from a quiet
-    gradient to a truer one. Works on a copy; prepare(copy) is called first, for example to compile its blocks. on_step
-    and loop (`seed`, `state` ...) are those of `train`. The defaults are the paper's for DiT-XL, without its EMA.
-    Returns the sampler and its history, a list of (step, keep_probability). Raises ValueError for an unknown update, a
-    model with no trainable weights, or a loss without the mask. Source: the paper's joint optimisation of mask and
-    update."""
+    the masked model's loss, a scalar. `set_mask` (Chapter 6) masks a model whose forward pass takes none. `update` is
+    "lora", "full" (all weights train) or "frozen" (none do): the rows of the paper's Table 4. rank and alpha are those
+    of `add_lora`, scale that of `LayerSampler`; tau falls linearly from tau[0] to tau[1]: from a quiet gradient to a
+    truer one. Works on a copy; prepare(copy) is called first, for example to compile its blocks. on_step and loop are
+    those of `train`. The defaults are the paper's for DiT-XL, without its EMA. Returns the sampler and its history, a
+    list of (step, keep_probability). Raises ValueError for an unknown update, a model with no trainable weights, or a
+    loss without the mask. Source: the paper's joint optimisation of mask and update."""
     if update not in ("lora", "full", "frozen"):
         raise ValueError(f"update {update!r}: expected lora, full or frozen")
     model = copy.deepcopy(model).train()
