@@ -22,8 +22,8 @@ all masks share:
 
  1. Each group of M blocks has a categorical distribution over its (M choose N) ways to keep N. Draws are made
     differentiable by the straight-through Gumbel-Softmax, so a plain optimiser learns the odds.
- 2. While the odds are learned, a small LoRA update of the weights, shared by all masks, trains along. So a mask is
-    judged as if fine-tuning had already begun.
+ 2. While the odds are learned, a small low-rank update of the weights (LoRA), shared by all masks, trains along. So a
+    mask is judged as if fine-tuning had already begun.
  3. The likeliest mask is applied to the *original* weights. The LoRA update is thrown away.
  4. The shallow student recovers by imitating the teacher's output and its hidden states, outliers left out.
 
