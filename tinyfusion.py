@@ -2035,14 +2035,14 @@ def world_size():
 def gather(value):
     """A list of every process's `value`, arrays or plain data, in the order of their numbers."""
     values = [value] * world_size()
-    if world_size() > 1:
+    if dist.is_initialized():
         dist.all_gather_object(values, value)
     return values
 
 
 def average(tensor):
     """Replace a tensor, in place, by its mean over all processes."""
-    if world_size() > 1:
+    if dist.is_initialized():
         dist.all_reduce(tensor)
         tensor /= world_size()
     return tensor
@@ -2051,7 +2051,7 @@ def average(tensor):
 @contextlib.contextmanager
 def processes():
     """A context in which the processes that torchrun started can exchange data, and only the first one prints."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if "WORLD_SIZE" not in os.environ:
         yield
         return
     # The first optimizer step would import this. It then would hold the group, whose threads can crash the exit.
@@ -2161,7 +2161,7 @@ def train(model, loss_fn, steps, *, params=None, lr=1e-4, final_lr_ratio=1.0, wa
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
     weights = [p for group in optimizer.param_groups for p in group["params"]]
-    if world_size() > 1:
+    if dist.is_initialized():
         for weight in weights:                   # all processes start with the weights of the first
             dist.broadcast(weight.data, 0)
     ema = copy.deepcopy(model) if ema_decay else None
