@@ -551,7 +551,9 @@ def masked_forward(blocks, x, *args, mask=None, hidden=()):
     with the sum over tokens and channels. Computed as written, this runs every block forward and backward for every
     example. The exact skip (`masked_block`) has the same values and gradients and does less: where m = 0, nothing flows
     back through the block, and its output is needed only as a number, for dL/dm. So a dropped block runs forward
-    without a graph, and not at all backward. Where the mask needs no gradient, it does not run at all.
+    without a graph, and not at all backward. Where the mask needs no gradient, it does not run at all. That pays on a
+    CPU, and on a GPU with large batches (DiT-XL/2 on an H200: 1.2x with 128 images, 0.65x with 32, and two
+    thirds of the memory or less), since a block is called twice, for the kept and for the dropped examples.
 
     blocks: any sequence of modules that map (B, ...) to (B, ...), each example by itself; args: further arguments of
     every block, as in `rows_of`; mask (B, L) of zeros and ones (more than 0.5 counts as 1), or None to run all. Returns
