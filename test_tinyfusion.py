@@ -392,7 +392,7 @@ class Heart(Numeric):
                  for node in ast.parse(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
         readme = (HERE / "README.md").read_text().split("To copy code:")[1].split("## Limits")[0]
         common = "import torch\nimport torch.nn as nn\nimport torch.nn.functional as F\n"
-        common += "from torch.utils._pytree import tree_map\n"
+        common += "from torch.utils._pytree import tree_map_only\n"
         done, modules = [], {}
         for group in re.split(r"\.\s+", readme.split("`learn_layers`:")[0].strip().strip(".")):
             names, imports = re.findall(r"`(\w+)`", group), group.split(":")[1].replace("these", "math, itertools")
@@ -654,6 +654,8 @@ class Recovery(Numeric):
         with tf.autocast(x0.device):             # as the teacher runs
             _, parts = tf.recovery_loss(self.teacher, self.teacher, self.diffusion, x0, y, [(1, 1), (3, 3)])
         self.assertEqual((parts["kd"].item(), parts["features"].item()), (0, 0))
+        with self.assertRaises(ValueError):      # the teacher has no block 99
+            tf.recovery_loss(self.student, self.teacher, self.diffusion, x0, y, [(0, 1), (1, 99)])
 
     def test_both_models_see_the_same_labels_some_dropped_and_the_weight_of_the_features_falls_to_zero(self):
         self.student.y_embedder.dropout_prob = 0.5
@@ -1369,11 +1371,12 @@ class Measuring(InFolder):
         np.savez(folder / "grey.npz", arr_0=a[..., 0])
         np.savez(folder / "wide.npz", mu=np.zeros(3), sigma=np.eye(3))
         np.savez(folder / "nan.npz", mu=np.full(8, np.nan), sigma=np.eye(8))
+        np.savez(folder / "words.npz", mu=np.array(["a"]), sigma=np.array([["b"]]))
         np.save(folder / "array.npy", a)
         (folder / "array.npy").rename(folder / "array.npz")
         save_images(folder / "one", 1, 12, 12)
         start = ["--device cpu --fid", folder / "a"]
-        for other in ("empty", "nothing", "one", "nothing.npz", "torn.npz", "grey.npz", "nan.npz", "array.npz"):
+        for other in "empty nothing one nothing.npz torn.npz grey.npz nan.npz words.npz array.npz".split():
             self.refused(str(folder / other), *start, "--ref", folder / other, *inception)
         self.refused("expected (F,) and (F, F)", *start, "--ref", folder / "wide.npz", *inception)
         self.refused("--inception FILE is needed", *start, "--ref", folder / "b")
@@ -1521,6 +1524,9 @@ class Data(InFolder):
         np.save(pair / "latents.npy", good)
         tf.write_json(pair / "classes.json", {"classes": ["a", "b"]})
         refused(pair, "only 2 names")
+        tf.write_json(pair / "classes.json", {"classes": 5})
+        refused(pair, "a list of names")
+        (pair / "classes.json").unlink()
         np.save(pair / "labels.npy", np.arange(20) / 2)
         refused(pair, "whole number")
         np.save(labels / "7.npy", [1, 2])
@@ -1847,7 +1853,8 @@ class Files(InFolder):
         for name, more in (("depth", {"depth": 5}), ("foreign", {"layers": 5}), ("absurd", {"hidden_size": 40_000_000}),
                            ("deep", {"depth": 10 ** 9})):
             bad[name] = good | {"config": good["config"] | more}
-        bad["classes"] = good | {"classes": ["a", "b"]}
+        bad["shape"] = {"x_embedder.proj.weight": torch.zeros(64, 1, 4, 4), "pos_embed": torch.zeros(4)}
+        bad["classes"], bad["sampling"] = good | {"classes": ["a", "b"]}, good | {"sampling": {"steps": "many"}}
         for name, objective in (("mar", "mar"), ("foo", "foo"), ("three", [3])):
             bad[name] = good | {"objective": objective}
         for name, content in bad.items():
@@ -1856,8 +1863,8 @@ class Files(InFolder):
             (folder / f"{name}.pt").write_bytes(content)
         for reason, names in (("no such file", "missing"), ("nothing in it was run", "attack"), ("width 16", "plain"),
                               ("not a PyTorch file", "torn noise empty"), ("not one of this", "list"),
-                              ("more blocks", "deep"), ("do not fit its model", "classes"),
-                              ("disagree", "other absurd depth foreign"),
+                              ("more blocks", "deep"), ("do not fit its model", "classes sampling"),
+                              ("disagree", "other absurd depth foreign shape"),
                               ("objective", "mar foo three")):
             for name in names.split():
                 for main in (tf.main, sample.main):
@@ -2217,7 +2224,7 @@ def race(title, jobs, steps=1, rounds=5):
 def bench():
     """Time what tinyfusion.py claims to be fast against the plain version that the tests compare it with: DiT-XL/2 on a
     GPU, there with --compile too, DiT-S/2 on a CPU. Steps are those of `train`, as in a run."""
-    name, sizes, steps = ("DiT-XL/2", (32, 128), 4) if GPU else ("DiT-S/2", (8,), 1)
+    name, sizes, steps = ("DiT-XL/2", (32, 128), 8) if GPU else ("DiT-S/2", (8,), 1)
     device = tf.pick_device(None)
     with device:
         model = tf.DiT_models[name]().eval()

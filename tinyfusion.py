@@ -77,7 +77,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,15 +97,12 @@ def modulate(x, shift, scale):
 class TimestepEmbedder(nn.Module):
     """Timesteps (B,) to vectors (B, D): cosines and sines of 128 frequencies each, then a two-layer MLP."""
 
-    def __init__(self, hidden_size, frequency_embedding_size=256):
+    def __init__(self, hidden_size):
         super().__init__()
-        self.frequency_embedding_size = frequency_embedding_size
-        self.mlp = nn.Sequential(nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(),
-                                 nn.Linear(hidden_size, hidden_size))
+        self.mlp = nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t):
-        half = self.frequency_embedding_size // 2
-        frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
+        frequencies = torch.exp(-math.log(10000) / 128 * torch.arange(128, dtype=torch.float32, device=t.device))
         angles = t[:, None].float() * frequencies                            # (B, 128)
         waves = torch.cat([angles.cos(), angles.sin()], dim=1)               # (B, 256), in float32
         return self.mlp(waves.to(self.mlp[0].weight.dtype))                  # (B, D)
@@ -165,11 +162,10 @@ class Attention(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x):
-        B, T, D = x.shape
-        qkv = self.qkv(x).reshape(B, T, 3, self.num_heads, D // self.num_heads)
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))              # (B, T, 3, heads, D / heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                 # three of (B, heads, T, D / heads)
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.drop.p if self.training else 0.0)
-        return self.drop(self.proj(x.transpose(1, 2).reshape(B, T, D)))
+        return self.drop(self.proj(x.transpose(1, 2).flatten(2)))
 
 
 class Mlp(nn.Module):
@@ -229,18 +225,18 @@ def sincos_pos_embed(dim, grid_size):
     return torch.cat([columns, rows], dim=1).float()
 
 
-def initialize(model, normal, zero):
-    """The official start: linear layers Xavier-uniform, the weights in `normal` with std 0.02, the layers in `zero` at
-    zero. In DiT these are the gates and the output: every block starts as the identity, the model as zero."""
+def initialize(model, normal):
+    """The official start: linear layers Xavier-uniform, the weights in `normal` with std 0.02, modulation and output at
+    zero. So the gates are zero, every block of a DiT starts as the identity, and the model as the zero function."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
     for weight in normal:
         nn.init.normal_(weight, std=0.02)
-    for layer in zero:
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
+    for name, parameter in model.named_parameters():
+        if "adaLN_modulation" in name or "final_layer.linear" in name:
+            nn.init.zeros_(parameter)
 
 
 class DiT(nn.Module):
@@ -274,12 +270,8 @@ class DiT(nn.Module):
                                       requires_grad=False)                   # (1, T, D)
         self.blocks = nn.ModuleList([DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
-        self.initialize_weights()
-
-    def initialize_weights(self):
         normal = [self.y_embedder.embedding_table.weight, self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight]
-        zero = [layer.adaLN_modulation[1] for layer in [*self.blocks, self.final_layer]] + [self.final_layer.linear]
-        initialize(self, normal, zero)
+        initialize(self, normal)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))      # the patch embedding is a linear layer too
         nn.init.zeros_(self.x_embedder.proj.bias)
 
@@ -408,12 +400,10 @@ class GaussianDiffusion(Objective):
             "log_fixed": np.log(np.append(clipped[0], betas[1:])),           # for models without a learned variance
         }
         self._table = {name: torch.tensor(values, dtype=torch.float32) for name, values in table.items()}
-        self._respaced = {}                      # {steps: the process in so many steps}
 
     def _at(self, name, t, x):
         """Schedule values at timesteps t (B,) or (1,), shaped to multiply x (B, ...)."""
-        if self._table[name].device != t.device:
-            self._table[name] = self._table[name].to(t.device)
+        self._table[name] = self._table[name].to(t.device)
         return self._table[name][t].view(-1, *[1] * (x.dim() - 1))
 
     def sample_t(self, batch_size, device=None):
@@ -430,10 +420,11 @@ class GaussianDiffusion(Objective):
 
     def p_mean_variance(self, model_output, x_t, t, clip_denoised=False):
         """The step to x_{t-1} that the model's output (B, C or 2C, H, W) at x_t (B, C, H, W) implies: a dict of `mean`,
-        `variance`, `log_variance` and `pred_xstart`, each (B, C, H, W). clip_denoised keeps the predicted image in
-        [-1, 1], right for pixels and wrong for latents."""
+        `variance`, `log_variance` and `pred_xstart`, each (B, C, H, W). The prediction of the noise is detached: a loss
+        of these trains the variance alone. clip_denoised keeps the predicted image in [-1, 1], right for pixels and
+        wrong for latents."""
         C = x_t.shape[1]
-        eps, v = model_output[:, :C], model_output[:, C:]
+        eps, v = model_output[:, :C].detach(), model_output[:, C:]
         if v.shape[1] == C:                      # v = -1 is the posterior variance, v = 1 is beta
             share = (v + 1) / 2
             log_variance = share * self._at("log_large", t, x_t) + (1 - share) * self._at("log_small", t, x_t)
@@ -445,11 +436,6 @@ class GaussianDiffusion(Objective):
         return {"mean": self._posterior_mean(x0, x_t, t), "log_variance": log_variance,
                 "variance": log_variance.exp(), "pred_xstart": x0}
 
-    def _variance_alone(self, model_output, x_t, t):
-        """`p_mean_variance` of an output whose noise prediction is detached, so that only the variance is trained."""
-        C = x_t.shape[1]
-        return self.p_mean_variance(torch.cat([model_output[:, :C].detach(), model_output[:, C:]], 1), x_t, t)
-
     def losses(self, model_output, x0, x_t, t, noise):
         """A dict of `mse`, `vb` and `loss` = mse + vb, each (B,). mse is the error of the noise. vb is the variational
         bound in bits per dimension, which trains the variance alone."""
@@ -458,7 +444,7 @@ class GaussianDiffusion(Objective):
         mse = mean_flat((noise - model_output[:, :C]) ** 2)
         if model_output.shape[1] == C:
             return {"mse": mse, "vb": torch.zeros_like(mse), "loss": mse}
-        step = self._variance_alone(model_output, x_t, t)
+        step = self.p_mean_variance(model_output, x_t, t)
         kl = normal_kl(self._posterior_mean(x0, x_t, t), self._at("log_small", t, x0),
                        step["mean"], step["log_variance"])
         nll = -discretized_gaussian_log_likelihood(x0, step["mean"], step["log_variance"])   # for t = 0
@@ -474,24 +460,22 @@ class GaussianDiffusion(Objective):
         mse = mean_flat((student_output[:, :C] - teacher_output[:, :C]) ** 2)
         if student_output.shape[1] == C:
             return mse
-        student = self._variance_alone(student_output, x_t, t)
+        student = self.p_mean_variance(student_output, x_t, t)
         teacher = self.p_mean_variance(teacher_output, x_t, t)
         kl = normal_kl(teacher["mean"], teacher["log_variance"], student["mean"], student["log_variance"])
         return mse + mean_flat(kl) / math.log(2)
 
+    @functools.cache                             # so its table is made, and moved to a GPU, once
     def respaced(self, steps):
         """The same process in `steps` evenly spaced timesteps, first and last included. Raises ValueError outside
         2 ... num_timesteps."""
         if not 2 <= steps <= self.num_timesteps:
             raise ValueError(f"{steps} sampling steps: expected 2 to {self.num_timesteps}")
-        if steps in self._respaced:
-            return self._respaced[steps]
         stride = (self.num_timesteps - 1) / (steps - 1)
         # Sums, not multiples, of the stride, so that ties round as they do in the official code.
         chosen = np.rint(np.cumsum(np.append(0.0, np.full(steps - 1, stride)))).astype(int)
         abar = self.abar[chosen]
-        self._respaced[steps] = GaussianDiffusion(1 - abar / np.append(1.0, abar[:-1]), self.timestep_map[chosen])
-        return self._respaced[steps]
+        return GaussianDiffusion(1 - abar / np.append(1.0, abar[:-1]), self.timestep_map[chosen])
 
     @torch.inference_mode()
     def sample(self, model, y, draw, steps=250, guidance=1.0, eta=1.0, clip_denoised=False, cfg_channels=3, dtype=None):
@@ -591,10 +575,9 @@ def rows_of(arguments, rows, B):
     """The arguments of a block for the examples number `rows` alone. Tensors (B, ...), also inside tuples, lists and
     dicts, are per example; everything else is shared by all examples and stays whole. So no shared tensor may have B as
     its first dimension."""
-    def pick(value):
-        per_example = torch.is_tensor(value) and value.shape[:1] == (B,)
-        return value.index_select(0, rows) if per_example else value
-    return tree_map(pick, arguments)
+    def pick(tensor):
+        return tensor.index_select(0, rows) if tensor.shape[:1] == (B,) else tensor
+    return tree_map_only(torch.Tensor, pick, arguments)
 
 
 def masked_block(run, streams, m, kept, dropped):
@@ -648,8 +631,7 @@ class LayerSampler(nn.Module):
 
     def __init__(self, groups):
         super().__init__()
-        self.groups = [tuple(group) for group in groups]
-        for k, (n, m) in enumerate(self.groups):             # float64: autocast would round a product to bfloat16
+        for k, (n, m) in enumerate(groups):                  # float64: autocast would round a product to bfloat16
             self.register_buffer(f"candidates{k}", nm_masks(n, m).double(), persistent=False)
         # The published recipe starts all logits at 0.02. A softmax does not see a constant, so this is the same start.
         self.logits = nn.ParameterList([nn.Parameter(torch.zeros(len(c))) for c in self.candidates])
@@ -657,7 +639,7 @@ class LayerSampler(nn.Module):
     @property
     def candidates(self):
         """K matrices (candidates, M)."""
-        return [getattr(self, f"candidates{k}") for k in range(len(self.groups))]
+        return list(self.buffers())
 
     def forward(self, batch_size, tau=1.0, scale=100.0):
         """One independent mask per example: (B, L), exactly 0 or 1, exactly N ones per group, with the gradient of the
@@ -916,7 +898,7 @@ def prune(model, kept, lists=None):
     kept = [int(i) for i in kept]
     every = [block for blocks in blocks_of(model, lists) for block in blocks]
     check_kept(kept, len(every))
-    if any(is_masked(block) for block in every):
+    if any(hasattr(block, "unmasked_forward") for block in every):
         raise ValueError("the model runs under a mask: call set_mask(model, None) before prune")
     pruned = copy.deepcopy(model)
     first = 0                                    # the number of a list's first block
@@ -981,16 +963,13 @@ def match_blocks(groups, kept, cuts=()):
         ends = list(itertools.accumulate(m for _, m in groups))
     else:
         ends = [*kept[1:], groups[1]]
+    last = {}                                    # {the end of a group: its last kept block, numbered as in the student}
+    for i, block in enumerate(kept):
+        last[min(end for end in ends if end > block)] = i
     pairs = []
-    start = 0
-    for end in ends:
-        inside = [i for i, block in enumerate(kept) if start <= block < end]
-        if inside:
-            student_block = inside[-1]
-            later_cuts = [cut for cut in cuts if kept[student_block] < cut < end]
-            teacher_block = min(later_cuts + [end]) - 1
-            pairs.append((student_block, teacher_block))
-        start = end
+    for end, i in last.items():
+        later_cuts = [cut for cut in cuts if kept[i] < cut < end]
+        pairs.append((i, min(later_cuts + [end]) - 1))
     return pairs
 
 
@@ -1027,7 +1006,7 @@ def recovery_loss(student, teacher, diffusion, x0, y, pairs, kd="masked", beta=1
     parts = {"denoising": denoising, "kd": distill}
     if pairs:
         k = k if kd == "masked" else math.inf
-        distances = [masked_feature_loss(s, h, k) for s, h in zip(features, target_features)]
+        distances = [masked_feature_loss(s, h, k) for s, h in zip(features, target_features, strict=True)]
         parts["features"] = torch.stack(distances).mean()
         loss = loss + beta * parts["features"]
     return loss, parts
@@ -1084,11 +1063,6 @@ def recover(student, teacher, diffusion, batches, pairs, steps, *, kd="masked", 
 # for shapes: F numbers in a token, n noisy tokens in all.
 # ---------------------------------------------------------------------------------------------------------------------
 
-def is_masked(block):
-    """Whether a block runs under `set_mask`."""
-    return "unmasked_forward" in vars(block)
-
-
 def set_mask(model, mask, lists=None, streams=()):
     """Run a model that is not ours under a mask (B, L), in place, without touching its code, until set_mask is called
     again; mask None takes it off. The model is called as ever, on B examples, and gradients reach the mask.
@@ -1103,7 +1077,7 @@ def set_mask(model, mask, lists=None, streams=()):
     Names, modules and state_dict stay as they are: only the blocks' `forward` is replaced."""
     blocks = [block for blocks in blocks_of(model, lists) for block in blocks]
     for block in blocks:
-        if is_masked(block):
+        if hasattr(block, "unmasked_forward"):
             del block.forward
             before = vars(block).pop("unmasked_forward")
             if block.forward != before:          # it was the block's own already: accelerate sets one
@@ -1282,9 +1256,6 @@ class MAR(nn.Module):
         def learned(*shape):
             return nn.Parameter(0.02 * torch.randn(*shape))
 
-        def blocks(depth):
-            return nn.ModuleList([Block(D, num_heads, mlp_ratio, dropout) for _ in range(depth)])
-
         self.y_embedder = LabelEmbedder(num_classes, None, class_dropout_prob)   # drops labels; the vectors follow
         self.class_emb = nn.Embedding(num_classes, D)
         self.fake_latent = learned(1, D)                                     # the vector of "no class"
@@ -1292,18 +1263,17 @@ class MAR(nn.Module):
         self.z_proj = nn.Linear(token_dim, D)
         self.z_proj_ln = nn.LayerNorm(D, eps=1e-6)
         self.encoder_pos_embed_learned = learned(1, buffer_size + T, D)
-        self.encoder_blocks = blocks(encoder_depth)
+        self.encoder_blocks = nn.ModuleList([Block(D, num_heads, mlp_ratio, dropout) for _ in range(encoder_depth)])
         self.encoder_norm = nn.LayerNorm(D, eps=1e-6)
         self.decoder_embed = nn.Linear(D, D)
         self.decoder_pos_embed_learned = learned(1, buffer_size + T, D)
-        self.decoder_blocks = blocks(decoder_depth)
+        self.decoder_blocks = nn.ModuleList([Block(D, num_heads, mlp_ratio, dropout) for _ in range(decoder_depth)])
         self.decoder_norm = nn.LayerNorm(D, eps=1e-6)
         self.diffusion_pos_embed_learned = learned(1, T, D)
         self.diffloss = nn.ModuleDict({"net": SimpleMLPAdaLN(token_dim, diffloss_w, D, diffloss_d)})  # official names
         head = self.diffloss["net"]
         normal = [self.class_emb.weight, head.time_embed.mlp[0].weight, head.time_embed.mlp[2].weight]
-        zero = [layer.adaLN_modulation[1] for layer in [*head.res_blocks, head.final_layer]] + [head.final_layer.linear]
-        initialize(self, normal, zero)
+        initialize(self, normal)
 
     @property
     def blocks(self):
@@ -1357,21 +1327,19 @@ class MaskedAutoregression(Objective):
     """MAR's objective. A share of an image's tokens is known; each of the others is noised by itself, with a cosine
     schedule. Times t are (R * B, T), those of single tokens, -1 for known ones; noise is (R * B, C, H, W).
 
-    num_tokens: T; mask_ratio_min: the least share of missing tokens in training; repeats: R. Source: arXiv:2406.11838
-    and LTH14/mar."""
+    num_tokens: T; repeats: R. Source: arXiv:2406.11838 and LTH14/mar."""
 
-    def __init__(self, num_tokens=256, mask_ratio_min=0.7, repeats=4):
+    def __init__(self, num_tokens=256, repeats=4):
         abar = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2           # arXiv:2102.09672
         self.diffusion = GaussianDiffusion(np.minimum(1 - abar[1:] / abar[:-1], 0.999))      # that of one token
         self.num_tokens = num_tokens
-        self.mask_ratio_min = mask_ratio_min
         self.repeats = repeats
 
     def sample_t(self, batch_size, device=None):
         """Training times (R * B, T) of random tokens, the others being known. Their share is drawn from a normal
-        distribution of mean 1 and standard deviation 0.25, cut to [mask_ratio_min, 1]; it is the same in all examples,
+        distribution of mean 1 and standard deviation 0.25, cut to [0.7, 1]; it is the same in all examples,
         whose known tokens then make one tensor (B, known, D)."""
-        share = nn.init.trunc_normal_(torch.empty(()), 1.0, 0.25, self.mask_ratio_min, 1.0).item()
+        share = nn.init.trunc_normal_(torch.empty(()), 1.0, 0.25, 0.7, 1.0).item()
         missing = math.ceil(self.num_tokens * share)
         order = torch.rand(batch_size, self.num_tokens, device=device).argsort(1)
         known = torch.ones_like(order, dtype=torch.bool).scatter(1, order[:, :missing], False)      # (B, T)
@@ -1414,7 +1382,6 @@ class MaskedAutoregression(Objective):
         Raises ValueError for more steps than tokens, or none."""
         T = self.num_tokens
         P = model.patch_size
-        size = model.input_size
         if not 1 <= steps <= T:
             raise ValueError(f"{steps} sampling steps: expected 1 to {T}, because each step draws at least one token")
         token_dim = model.in_channels * P * P
@@ -1444,7 +1411,7 @@ class MaskedAutoregression(Objective):
                                             clip_denoised=clip_denoised, temperature=temperature, dtype=torch.float32)
             x.scatter_(1, now.unsqueeze(2).expand(-1, -1, token_dim), tokens.view(len(y), -1, token_dim))
             known.scatter_(1, now, True)
-        return F.fold(x.transpose(1, 2), (size, size), P, stride=P)          # (B, C, H, W)
+        return F.fold(x.transpose(1, 2), model.input_size, P, stride=P)      # (B, C, H, W)
 
 
 def _dit(depth, hidden_size, num_heads, patch_size=2):
@@ -1561,8 +1528,8 @@ def precision_recall(real, fake, k=3):
     if min(len(real), len(fake)) <= k:
         raise ValueError(f"precision and recall with k = {k} need more than {k} real and fake examples")
 
-    def distances(a, b):                         # exact differences: the matrix-product form loses near duplicates
-        return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+    # Exact differences: the matrix-product form loses near duplicates.
+    distances = functools.partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
 
     def share_inside(points, queries):
         radii = torch.cat([distances(part, points).kthvalue(k + 1, dim=1).values for part in points.split(1024)])
@@ -1644,13 +1611,12 @@ def load_arrays(path, mmap_mode=None):
         return content if isinstance(content, np.ndarray) else dict(content)
 
 
-def images_of(path):
+def images_of(path, images):
     """Batches (B, 1 or 3, H, W), uint8, of the images in a folder and its sub-folders, one at a time since their sizes
-    may differ, or in `arr_0` (N, H, W, 3) of an .npz file. The file is held in memory: 10 GB for 50,000 images of
-    256x256. Raises UserError where there are no images."""
+    may differ, or else of `images` (N, H, W, 3), the `arr_0` of an .npz file: 10 GB for 50,000 images of 256x256.
+    Raises UserError where there are no images."""
     if Path(path).is_dir():
         return (torch.from_numpy(read_image(file)[None].copy()) for file in files_in(path))
-    images = load_arrays(path).get("arr_0", np.zeros(0)) if Path(path).suffix == ".npz" else np.zeros(0)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise UserError(f"{path}: expected a folder of images, or an .npz file with uint8 arr_0 (N, H, W, 3)")
     return torch.from_numpy(images).permute(0, 3, 1, 2).split(50)
@@ -1665,12 +1631,13 @@ def statistics_of(path, look=None):
     if not {"mu", "sigma"} <= known.keys() or look and "arr_0" in saved:
         if not look:
             raise UserError(f"{path}: --inception FILE is needed to look at images")
-        parts = [look(images) for images in images_of(path)]
+        parts = [look(images) for images in images_of(path, saved.get("arr_0", np.zeros(0)))]
         if sum(len(p) for _, p in parts) < 2:
             raise UserError(f"{path}: one image has no covariance; expected more")
         known = statistics(parts) | known
-    if not all(np.isfinite(known[name]).all() for name in ("mu", "sigma")):
-        raise UserError(f"{path}: expected finite numbers in mu and sigma")
+    with reading(path, "finite numbers in mu and sigma"):
+        for name in ("mu", "sigma"):
+            np.asarray_chkfinite(known[name], dtype=float)
     return known
 
 
@@ -1898,7 +1865,8 @@ def open_latents(latents, labels, folder):
                         "latents (2, channels, side, side), and as many labels, whole numbers from 0")
     classes = [str(i) for i in range(labels.max() + 1)]
     if (folder / "classes.json").exists():
-        classes = read_json(folder / "classes.json", "classes")["classes"]
+        with reading(folder / "classes.json", "a list of names, `classes`"):
+            classes = [str(name) for name in json.loads((folder / "classes.json").read_text())["classes"]]
     if len(classes) <= labels.max():
         raise UserError(f"{folder}: a label {labels.max()}, but only {len(classes)} names in classes.json")
     return Dataset(latents, torch.from_numpy(labels.astype(np.int64)), classes)
@@ -2150,7 +2118,7 @@ def update_ema(ema, model, step, ema_decay):
 
 
 def train(model, loss_fn, steps, *, params=None, lr=1e-4, final_lr_ratio=1.0, warmup=0, clip=1.0, ema_decay=None,
-          accumulate=1, seed=None, on_step=None, state=None, record=None):
+          accumulate=1, seed=None, on_step=lambda step, metrics: None, state=None, record=None):
     """Take `steps` steps of AdamW (no weight decay, gradients clipped to norm `clip`) on `model`, in place.
 
     loss_fn(step) returns the loss, a scalar, and a dict of more numbers to report; it is called `accumulate` times a
@@ -2195,8 +2163,7 @@ def train(model, loss_fn, steps, *, params=None, lr=1e-4, final_lr_ratio=1.0, wa
         optimizer.step()
         if ema:
             update_ema(ema, model, step, ema_decay)
-        if on_step:
-            on_step(step, {"loss": total, "grad_norm": norm, "lr": optimizer.param_groups[-1]["lr"]} | metrics)
+        on_step(step, {"loss": total, "grad_norm": norm, "lr": optimizer.param_groups[-1]["lr"]} | metrics)
     return (ema or model).eval()
 
 
@@ -2244,7 +2211,7 @@ def progress(label, steps, log_file=None, unit="steps", first=0):
 # program is stopped (log.jsonl alone grows line by line). Files are loaded as data, never as code.
 # ---------------------------------------------------------------------------------------------------------------------
 
-class UserError(ValueError):
+class UserError(Exception):
     """A user's mistake in one line: what was wrong, what was expected, what to do. The exit status is then 2."""
 
 
@@ -2384,7 +2351,7 @@ def load_checkpoint(path, device="cpu", name=None):
     Nothing is allocated before they have been compared."""
     checkpoint = read_checkpoint(path)
     weights = next((checkpoint[key] for key in ("ema", "model_ema", "model") if key in checkpoint), checkpoint)
-    try:
+    with reading(f"checkpoint {path}: weights and config disagree", "those of one model"):
         weights = {key.removeprefix("module."): weight.float() for key, weight in weights.items()}
         config = checkpoint["config"] if "config" in checkpoint else config_of(weights)
         if sum(size for key, size in config.items() if "depth" in key) > len(weights):
@@ -2392,8 +2359,6 @@ def load_checkpoint(path, device="cpu", name=None):
         model = unallocated(functools.partial(MAR if "fake_latent" in weights else DiT, **config))
         model.load_state_dict(weights, assign=True)
         found = preset_name(model, checkpoint.get("objective", name and PRESETS[name]["objective"]))
-    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, ArithmeticError) as error:
-        raise UserError(f"checkpoint {path}: weights and config disagree: {str(error)[:300]}") from None
     name = name or found
     row = PRESETS[name]
     width = row["network"].keywords["hidden_size"]
@@ -2403,9 +2368,11 @@ def load_checkpoint(path, device="cpu", name=None):
         "sampling": {"steps": row["sample_steps"], "guidance": row["guidance"], **row["sampling"]},
         "classes": [str(i) for i in range(model.num_classes)], **checkpoint,
         "name": name, "config": model.config(), "objective": row["objective"]}
-    classes = content["classes"]
-    if not (isinstance(content["sampling"], dict) and isinstance(classes, list) and len(classes) == model.num_classes):
-        raise UserError(f"checkpoint {path}: its entries `sampling` or `classes` do not fit its model")
+    with reading(f"checkpoint {path}: `sampling` or `classes`", f"numbers, and {model.num_classes} names"):
+        content["classes"] = [str(name) for name in content["classes"]]
+        numbers = all(isinstance(value, (int, float)) for value in content["sampling"].values())
+        if not numbers or len(content["classes"]) != model.num_classes:
+            raise ValueError("they do not fit its model")
     return model.to(device).eval(), content
 
 
@@ -2617,6 +2584,7 @@ class Run:
                          **args.sampling}
         self.conditions = {name: getattr(args, name) for name in CONDITIONS}
         self.check(model)
+        self.examples = fixed_examples(self.diffusion, self.data, device=self.device)    # what the criteria look at
         self.decode = VAE(args.vae, self.device).decode if args.vae else to_uint8
         if args.inception:
             self.judge                           # a mistake in its flags ends the run before the work
@@ -2712,9 +2680,8 @@ class Run:
               f"{steps * size / len(self.data.labels):.1f} epochs in all")
         torch.manual_seed(seed)
         batches = data_batches(self.data, size, seed, self.device, state.step, self.args.accumulate)
-        report = progress(stage, steps, self.out / "log.jsonl", first=state.step)
         return batches, {"steps": steps, "seed": seed, "state": state, "accumulate": self.args.accumulate,
-                         "on_step": report}
+                         "on_step": progress(stage, steps, self.out / "log.jsonl", first=state.step)}
 
     def compiled(self, model):
         """The model, its blocks compiled if --compile says so."""
@@ -2750,16 +2717,10 @@ class Run:
         return read_json(self.out / RESULTS["learn"], "kept")["kept"]
 
     @functools.cached_property
-    def examples(self):
-        """What the criteria look at."""
-        return fixed_examples(self.diffusion, self.data, device=self.device)
-
-    @functools.cached_property
     def judge(self):
         """What models are measured by: look(images), the statistics of real images, and the accuracy of a toy judge."""
-        accuracy = None
         if self.args.inception:
-            look = load_inception(self.args.inception, self.device)
+            look, accuracy = load_inception(self.args.inception, self.device), None
         else:
             look, accuracy = train_judge(self.data, self.device)
         if self.args.ref:
@@ -2774,7 +2735,7 @@ class Run:
     def branch(self, criterion, seed):
         """A run with the same teacher and another criterion and seed, in a sub-folder. The criterion
         "no-groups" is learning without groups."""
-        self.judge, self.examples                # computed once, for all branches
+        self.judge                               # trained once, for all branches
         other = copy.copy(self)
         if criterion == "no-groups":
             other.groups = tuple(map(sum, zip(*as_list(self.groups))))       # as many blocks, of all
@@ -2855,8 +2816,7 @@ def stage_measure(run, path):
     if not run.args.compare:
         teacher = run.load(run.teacher_path)
         models = {"teacher": teacher, "pruned": prune(teacher, run.kept())} | models
-    by_class = data.labels.argsort(stable=True)
-    labels = data.labels[by_class[torch.linspace(0, len(by_class) - 1, run.args.samples).long()]]
+    labels = data.labels.sort().values[torch.linspace(0, len(data.labels) - 1, run.args.samples).long()]
     look, real, accuracy = run.judge
     conditions = zlib.crc32(str((run.conditions | {"ref": None}, world_size())).encode())
     folder = run.out / f"measure-{conditions:08x}-{checksum(models['student'])}"
@@ -3085,8 +3045,6 @@ def compare(run, every_mask=False, seeds=(0, 1, 2)):
         try:
             with contextlib.redirect_stdout(None):           # the stages are not to print
                 found[name] = list(zip(*[outcome(run.branch(name, seed)) for seed in seeds]))
-        except UserError:                        # a full disk, a torn file
-            raise
         except ValueError as error:              # the oracle keeps one block of every pair; a recovery diverged
             print(f"{name} is left out: {error}")
         report(number, {})
@@ -3286,7 +3244,7 @@ def guarded(prog, body):
             words = "out of memory; --accumulate 2 helps in training, a smaller --batch-size everywhere"
         else:
             raise
-    except (ValueError, OSError) as error:       # the functions above say in a ValueError what is wrong with input
+    except (UserError, ValueError, OSError) as error:        # a ValueError too says what is wrong with input
         words = " ".join(str(error).split())
     except KeyboardInterrupt:
         print(f"\n{prog}: stopped; all files are whole, and a run of stages goes on with the same command",
@@ -3298,26 +3256,23 @@ def guarded(prog, body):
 
 def run(args):
     """Do what the flags say."""
-    if args.encode:
-        encode_images(args.encode, args.image_size, VAE(args.vae, pick_device(args.device)), Path(args.out),
-                      {"vae": args.vae, "image_size": args.image_size})
-    elif args.fid:
-        run_fid(args)
-    elif args.compare:
-        whole = Run(args)
-        run_stage(whole, "teacher")
-        compare(whole, every_mask=args.compare == "all")
-    else:
-        run_stages(Run(args))
+    with processes():
+        if args.encode:
+            encode_images(args.encode, args.image_size, VAE(args.vae, pick_device(args.device)), Path(args.out),
+                          {"vae": args.vae, "image_size": args.image_size})
+        elif args.fid:
+            run_fid(args)
+        elif args.compare:
+            whole = Run(args)
+            run_stage(whole, "teacher")
+            compare(whole, every_mask=args.compare == "all")
+        else:
+            run_stages(Run(args))
 
 
 def main(argv=None):
     """The program; returns its exit status."""
-    def body():
-        args = parse_args(argv)
-        with processes():
-            run(args)
-    return guarded("tinyfusion.py", body)
+    return guarded("tinyfusion.py", lambda: run(parse_args(argv)))
 
 
 if __name__ == "__main__":
