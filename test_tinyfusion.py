@@ -2251,6 +2251,7 @@ def bench():
         prepare(net)
 
         def job():
+            net.train()
             with mock.patch.object(tf, "masked_forward", forward):
                 tf.train(net, lambda step: (loss(net, sampler), {}), steps, params=added, lr=1e-9)
         return job

@@ -898,7 +898,7 @@ def prune(model, kept, lists=None):
     kept = [int(i) for i in kept]
     every = [block for blocks in blocks_of(model, lists) for block in blocks]
     check_kept(kept, len(every))
-    if any(hasattr(block, "unmasked_forward") for block in every):
+    if any("unmasked_forward" in vars(block) for block in every):
         raise ValueError("the model runs under a mask: call set_mask(model, None) before prune")
     pruned = copy.deepcopy(model)
     first = 0                                    # the number of a list's first block
@@ -1077,7 +1077,7 @@ def set_mask(model, mask, lists=None, streams=()):
     Names, modules and state_dict stay as they are: only the blocks' `forward` is replaced."""
     blocks = [block for blocks in blocks_of(model, lists) for block in blocks]
     for block in blocks:
-        if hasattr(block, "unmasked_forward"):
+        if "unmasked_forward" in vars(block):
             del block.forward
             before = vars(block).pop("unmasked_forward")
             if block.forward != before:          # it was the block's own already: accelerate sets one
@@ -1087,8 +1087,8 @@ def set_mask(model, mask, lists=None, streams=()):
     if mask.dim() != 2 or mask.shape[1] != len(blocks):
         raise ValueError(f"mask is {tuple(mask.shape)}, expected (examples, {len(blocks)} blocks)")
     for block, m, rows in zip(blocks, mask.unbind(1), kept_and_dropped(mask)):
-        block.unmasked_forward = block.forward
-        block.forward = functools.partial(forward_masked, block.unmasked_forward, streams, m, *rows)
+        forward = vars(block)["unmasked_forward"] = block.forward
+        block.forward = functools.partial(forward_masked, forward, streams, m, *rows)
 
 
 def forward_masked(forward, streams, m, kept, dropped, *args, **kwargs):
@@ -1329,7 +1329,7 @@ class MaskedAutoregression(Objective):
 
     num_tokens: T; repeats: R. Source: arXiv:2406.11838 and LTH14/mar."""
 
-    def __init__(self, num_tokens=256, repeats=4):
+    def __init__(self, num_tokens=256, *, repeats=4):
         abar = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2           # arXiv:2102.09672
         self.diffusion = GaussianDiffusion(np.minimum(1 - abar[1:] / abar[:-1], 0.999))      # that of one token
         self.num_tokens = num_tokens
@@ -2021,7 +2021,7 @@ def average(tensor):
 @contextlib.contextmanager
 def processes():
     """A context in which the processes that torchrun started can exchange data, and only the first one prints."""
-    if "WORLD_SIZE" not in os.environ:
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 and not dist.is_torchelastic_launched():
         yield
         return
     # The first optimizer step would import this. It then would hold the group, whose threads can crash the exit.
@@ -2369,10 +2369,12 @@ def load_checkpoint(path, device="cpu", name=None):
         "classes": [str(i) for i in range(model.num_classes)], **checkpoint,
         "name": name, "config": model.config(), "objective": row["objective"]}
     with reading(f"checkpoint {path}: `sampling` or `classes`", f"numbers, and {model.num_classes} names"):
-        content["classes"] = [str(name) for name in content["classes"]]
-        numbers = all(isinstance(value, (int, float)) for value in content["sampling"].values())
-        if not numbers or len(content["classes"]) != model.num_classes:
+        classes, sampling = content["classes"], content["sampling"]
+        words = {"solver", "cfg_channels"}       # arguments of `sample` that may be no numbers
+        numbers = all(isinstance(sampling[name], (int, float)) for name in sampling.keys() - words)
+        if not (numbers and isinstance(classes, list) and len(classes) == model.num_classes):
             raise ValueError("they do not fit its model")
+        content["classes"] = [str(name) for name in classes]
     return model.to(device).eval(), content
 
 
