@@ -392,7 +392,6 @@ class Heart(Numeric):
                  for node in ast.parse(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
         readme = (HERE / "README.md").read_text().split("To copy code:")[1].split("## Limits")[0]
         common = "import torch\nimport torch.nn as nn\nimport torch.nn.functional as F\n"
-        common += "from torch.utils._pytree import tree_map_only\n"
         done, modules = [], {}
         for group in re.split(r"\.\s+", readme.split("`learn_layers`:")[0].strip().strip(".")):
             names, imports = re.findall(r"`(\w+)`", group), group.split(":")[1].replace("these", "math, itertools")
