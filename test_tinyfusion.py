@@ -2216,14 +2216,15 @@ def race(title, jobs, steps=1, rounds=5):
     times = {name: np.array(values[1:]) for name, values in seconds.items()}
     for name, values in times.items():
         median, ratio = np.median(values), np.median(next(iter(times.values())) / values)
-        print(f"{title:24} {name:18} {median:8.4f} s (spread {np.ptp(values) / median:.0%}): {ratio:.2f}x"
+        print(f"{title:20} {name:20} {median:8.4f} s (spread {np.ptp(values) / median:.0%}): {ratio:.2f}x"
               f"{memory.get(name, '')}", flush=True)
 
 
 def bench():
     """Time what tinyfusion.py claims to be fast against the plain version that the tests compare it with: DiT-XL/2 on a
     GPU, there with --compile too, DiT-S/2 on a CPU. Steps are those of `train`, as in a run."""
-    name, sizes, steps = ("DiT-XL/2", (32, 128), 8) if GPU else ("DiT-S/2", (8,), 1)
+    from torch._dynamo.utils import counters
+    name, sizes, steps = ("DiT-XL/2", (32, 128), 10) if GPU else ("DiT-S/2", (8,), 1)
     device = tf.pick_device(None)
     with device:
         model = tf.DiT_models[name]().eval()
@@ -2235,6 +2236,8 @@ def bench():
     pairs = tf.match_blocks(groups, kept)
     where = torch.cuda.get_device_name() if GPU else f"CPU with {torch.get_num_threads()} threads"
     print(f"{name}, {tf.default_dtype(device)}, {where}, torch {torch.__version__}")
+    batch = []                                   # x0 and y, of the size that is timed
+    batches = itertools.repeat(batch)
 
     def dense(blocks, x, *args, mask, hidden=()):
         return dense_forward(blocks, x, mask, *args), []
@@ -2259,23 +2262,24 @@ def bench():
         return lambda: tf.recover(student, teacher, diffusion, batches, pairs, steps, kd=kd, lr=1e-9)
 
     def sampling(net):
-        return lambda: diffusion.sample(net, y, lambda: torch.randn_like(x0), steps=4, guidance=1.5)
+        return lambda: diffusion.sample(net, batch[1], lambda: torch.randn_like(batch[0]), steps=4, guidance=1.5)
 
-    for size in sizes:
-        x0, y = torch.randn(size, 4, 32, 32, device=device), torch.arange(size, device=device)
-        batches = itertools.repeat((x0, y))
-        jobs = {"dense": learning(dense), "skip": learning()}
-        if GPU:
-            jobs["skip, compiled"] = learning(prepare=tf.compile_blocks)
-        race(f"learning, batch {size}", jobs, steps)
-        jobs = {"masked KD": recovery(student, model), "no KD": recovery(student, model, "none")}
-        if GPU:
-            jobs["masked KD, compiled"] = recovery(compiled(student), compiled(model))
-        race(f"recovery, batch {size}", jobs, steps)
-        jobs = {f"{len(net.blocks)} blocks": sampling(net) for net in (model, student)}
-        if GPU:
-            jobs |= {f"{len(net.blocks)} compiled": sampling(compiled(net)) for net in (model, student)}
-        race(f"sampling, batch {size}", jobs, steps=4)
+    def race_all(title, jobs, steps):            # with every size of a batch
+        for size in sizes:
+            batch[:] = torch.randn(size, 4, 32, 32, device=device), torch.arange(size, device=device)
+            race(f"{title}, batch {size}", jobs, steps)
+        print(f"{title}: {counters['stats']['unique_graphs']} graphs compiled, breaks: {dict(counters['graph_break'])}")
+        counters.clear()
+
+    jobs = {"dense": learning(dense), "skip": learning()}
+    more = {"skip, compiled": learning(prepare=tf.compile_blocks)} if GPU else {}
+    race_all("learning", jobs | more, steps)
+    jobs = {"masked KD": recovery(student, model), "no KD": recovery(student, model, "none")}
+    more = {"masked KD, compiled": recovery(compiled(student), compiled(model))} if GPU else {}
+    race_all("recovery", jobs | more, steps)
+    jobs = {f"{len(net.blocks)} blocks": sampling(net) for net in (model, student)}
+    more = {f"{name}, compiled": sampling(compiled(net)) for name, net in zip(jobs, (model, student)) if GPU}
+    race_all("sampling", jobs | more, 4)
 
     rng = np.random.default_rng(0)
     one, other = (rng.normal(size=(6000, 2048)) * rng.uniform(0.5, 2, 2048) for _ in range(2))
