@@ -36,7 +36,7 @@ def parse_args(argv=None):
     add("--temperature", type=float, metavar="X", help="MAR: a factor of the noise of its head's steps (1)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the noise (0)")
     add("--batch-size", type=int, default=100, metavar="N", help="images at once (100)")
-    add("--out", default="sample.png", metavar="FILE", help="PNG grid (sample.png)")
+    add("--out", metavar="FILE", help="PNG grid (sample.png)")
     add("--npz", metavar="FILE", help="instead an ADM batch: arr_0, uint8, NHWC, all in memory")
     add("--vae", metavar="NAME", help="autoencoder of latents, on Hugging Face or a folder (needs diffusers)")
     add("--dtype", choices=("float32", "bfloat16"), help="of matrix products (bfloat16 on CUDA, float32 elsewhere)")
@@ -58,10 +58,10 @@ def choose_labels(words, num_classes):
 def choose_decoder(args, model, device):
     """The function that turns what `model` draws into what is written. Raises UserError where flags do not fit."""
     C = model.in_channels
-    if args.vae and C == 4:
-        return VAE(args.vae, device).decode
+    if args.vae and C not in (1, 3):
+        return VAE(args.vae, device, C).decode
     if args.vae or (C not in (1, 3) and not args.npz):
-        raise UserError(f"{args.ckpt} draws {C} channels: --vae NAME decodes 4, --npz FILE writes latents as they are")
+        raise UserError(f"{args.ckpt} draws {C} channels: --vae NAME decodes latents, --npz FILE writes them")
     return to_uint8 if C in (1, 3) else lambda latents: latents
 
 
@@ -79,9 +79,9 @@ def choose_sampling(args, checkpoint, diffusion):
 def run(args):
     """Draw the images and write them."""
     device = pick_device(args.device)
-    target = Path(args.npz or args.out)
-    if target.is_dir() or not (args.npz or target.suffix == ".png"):
-        raise UserError(f"{target}: expected the name of a .png file to write")
+    target = Path(args.npz or args.out or "sample.png")
+    if target.is_dir() or (args.npz and args.out) or target.suffix != (".npz" if args.npz else ".png"):
+        raise UserError(f"{target}: expected the name of one .png or .npz file to write")
     target.parent.mkdir(parents=True, exist_ok=True)
     model, checkpoint = load_checkpoint(args.ckpt, device, args.model)
     if args.compile:
@@ -102,12 +102,12 @@ def run(args):
     images = torch.cat(parts)
     if args.npz and images.dtype == torch.uint8:
         arrays = {"arr_0": images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy(), "settings": np.array(settings)}
-        write_file(args.npz, lambda file: np.savez(file, **arrays))
+        write_file(target, lambda file: np.savez(file, **arrays))
     elif args.npz:
-        write_file(args.npz, lambda file: np.savez(file, latents=images.numpy()))
+        write_file(target, lambda file: np.savez(file, latents=images.numpy()))
     else:
         names = [(checkpoint["classes"][y], y) for y in labels.tolist()]
-        write_png(args.out, image_grid(images, len(chosen) if 1 < len(chosen) <= 20 else math.ceil(N ** 0.5), names))
+        write_png(target, image_grid(images, len(chosen) if 1 < len(chosen) <= 20 else math.ceil(N ** 0.5), names))
     print(f"{N} images, {settings}: {target}")
 
 

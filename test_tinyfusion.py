@@ -47,12 +47,12 @@ DEVICE = "cuda" if GPU else "cpu"
 close = torch.testing.assert_close
 
 
-def lively(model):
+def lively(model, std=0.2):
     """The model with weights that do something (the official start is the zero function)."""
     torch.manual_seed(0)
     for p in model.parameters():
         if p.requires_grad:
-            nn.init.normal_(p, std=0.2)
+            nn.init.normal_(p, std=std)
     return model.eval()
 
 
@@ -137,7 +137,7 @@ class StandIn(nn.Module):
 class ToyVAE:
     """In the place of tf.VAE: latents (B, 4, h / 8, w / 8) from a pixel of every 8x8 patch; decoding spreads it."""
 
-    def __init__(self, name="", device="cpu"):
+    def __init__(self, name="", device="cpu", channels=4):
         self.device = device
 
     def encode(self, images, noise):
@@ -160,7 +160,6 @@ class Heart(Numeric):
     """Chapters 3 and 4: the layer sampler, the masked forward pass, LoRA, learning, pruning."""
 
     def test_exact_masks_are_drawn_with_the_probabilities_of_the_softmax_whatever_tau(self):
-        torch.manual_seed(0)
         sampler = tf.LayerSampler([(2, 4)])
         sampler.logits[0].data = torch.tensor([0.0, 0.01, 0.02, -0.01, 0.005, 0.0])
         masks = tf.nm_masks(2, 4)
@@ -182,7 +181,6 @@ class Heart(Numeric):
         close(sampler.confidence(), torch.tensor([1 / (1 + math.exp(-3)), 1 / (1 + 2 * math.exp(-5))]))
 
     def test_the_masked_forward_has_the_values_and_gradients_of_the_dense_formula(self):
-        torch.manual_seed(1)
         blocks = lively(nn.ModuleList([tf.DiTBlock(8, 2) for _ in range(5)])).double()
         mask = torch.randint(0, 2, (6, 5)).double()
         mask[0], mask[1], mask[:, 2] = 1, 0, 0   # all kept; all dropped; a block nobody keeps
@@ -209,7 +207,6 @@ class Heart(Numeric):
         self.assertEqual(runs, [(2, True), (2, True), (3, False)])
 
     def test_the_gradient_of_the_logits_is_the_softmax_jacobian_of_the_masks_gradient(self):
-        torch.manual_seed(2)
         sampler = tf.LayerSampler([(1, 2), (2, 3)]).double()
         for logits in sampler.logits:
             nn.init.normal_(logits, std=0.01)
@@ -225,13 +222,9 @@ class Heart(Numeric):
             v = grad @ candidates.T.double()     # dL/dy (B, C(M, N))
             close(logits.grad, scale / tau * (soft * (v - (soft * v).sum(1, keepdim=True))).sum(0))
 
-    def test_the_masked_forward_works_on_any_residual_blocks_and_keeps_the_type_of_its_input(self):
-        layers = [nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True).eval() for _ in range(3)]
+    def test_the_masked_forward_keeps_the_type_of_its_input_and_takes_arguments_that_all_examples_share(self):
         x, c = torch.randn(2, 5, 8), torch.randn(2, 8)
         mask = torch.tensor([[1.0, 0, 1], [0, 0, 0]])
-        out, features = tf.masked_forward(layers, x, mask=mask, hidden=(0, 2))
-        close(out, torch.stack([layers[2](layers[0](x[:1]))[0], x[1]]))
-        close(features, [torch.stack([layers[0](x[:1])[0], x[1]]), out])
         block = tf.DiTBlock(8, 2).bfloat16()
         out, _ = tf.masked_forward([block] * 3, x.bfloat16(), c.bfloat16(), mask=mask.requires_grad_())
         self.assertEqual(out.dtype, torch.bfloat16)
@@ -241,7 +234,6 @@ class Heart(Numeric):
             self.assertRaisesRegex(ValueError, "expected", tf.masked_forward, [block] * 3, x, c, mask=wrong)
 
     def test_without_groups_n_blocks_are_drawn_without_replacement(self):
-        torch.manual_seed(0)
         sampler = tf.TopNSampler(2, 5)
         sampler.logits.data = torch.tensor([0.0, 0.01, 0.02, -0.01, 0.005])
         p = torch.softmax(sampler.logits.detach() * 100, 0).tolist()
@@ -330,19 +322,11 @@ class Heart(Numeric):
             self.assertTrue(all(p.requires_grad for p in model.parameters()))
 
     def test_the_random_numbers_of_a_seeded_step_depend_on_the_seed_and_the_step_alone(self):
-        def drawn(seed, steps, before):
-            torch.manual_seed(before)
-            model, found = nn.Linear(1, 1), []
-
-            def loss(step):
-                found.append(torch.rand(before)[0].item())                   # of as many numbers as `before`
-                return model.weight.sum(), {}
-            tf.train(model, loss, steps, seed=seed)
-            return found
-        first = drawn(7, steps=5, before=1)
-        self.assertEqual(drawn(7, steps=3, before=2), first[:3])
-        self.assertEqual(len({*first, *drawn(8, steps=5, before=1)}), 10)    # other steps and seeds: other numbers
-        self.assertNotEqual(drawn(None, steps=3, before=1), drawn(None, steps=3, before=2))
+        def drawn(seed, step):
+            tf.seed_step(seed, step)             # as `train` does before every step
+            return torch.rand(1).item()
+        found = [drawn(seed, step) for seed in (7, 8) for step in range(5)]
+        self.assertEqual((len(set(found)), drawn(7, 3)), (10, found[3]))
 
     def test_the_pruned_model_computes_what_the_mask_computed_with_blocks_in_one_list_or_several(self):
         model, inputs = tiny_dit(), dit_inputs()
@@ -366,7 +350,6 @@ class Heart(Numeric):
         blocks = [block for block in section.split("\n\n") if block.startswith("    ")]
         theirs, ours = ["\n".join(line[4:] for line in block.splitlines()) for block in blocks]
         self.assertLessEqual(max(theirs.count("\n"), ours.count("\n")), 19)
-        torch.manual_seed(0)
         exec(ours, names := {})
         teacher, student = names["teacher"].eval(), names["student"].eval()
         x = torch.randint(10, (500, 8))
@@ -472,10 +455,6 @@ class Elsewhere(Numeric):
         out, sources = run(mask, *inputs), [mask, *inputs, *model.parameters()]
         return [out, *torch.autograd.grad(out.sin().sum(), sources, materialize_grads=True)]
 
-    def run_with(self, **streams):
-        tf.set_mask(self.model, self.mask, "stack", **streams)
-        self.model(*self.inputs)
-
     def masked(self, mask, *inputs):
         tf.set_mask(self.model, mask, **self.STREAMS)
         return self.model(*inputs)
@@ -504,11 +483,9 @@ class Elsewhere(Numeric):
         for mask in (self.mask[:, :3], self.mask[0]):
             self.assertRaisesRegex(ValueError, "4 blocks", tf.set_mask, self.model, mask, "stack")
         self.assertRaisesRegex(ValueError, "of 5 examples", self.masked, self.mask[:5], *self.inputs)
-        self.STREAMS = {"lists": "stack", "streams": ("nonsense",)}
-        self.assertRaisesRegex(ValueError, "nonsense", self.masked, self.mask, *self.inputs)
-
-        self.assertRaisesRegex(ValueError, "2 outputs", self.run_with, streams=("x",))
-        tf.set_mask(self.model, self.mask, "stack")
+        for name, reason in (("nonsense", "nonsense"), ("x", "2 outputs")):
+            tf.set_mask(self.model, self.mask, "stack", (name,))
+            self.assertRaisesRegex(ValueError, reason, self.model, *self.inputs)
         self.assertRaisesRegex(ValueError, "runs under a mask", tf.prune, self.model, [0], "stack")
 
         class Cached(nn.Linear):
@@ -604,14 +581,7 @@ class Recovery(Numeric):
         self.teacher, self.diffusion = tiny_dit(), tf.GaussianDiffusion()
         self.student, self.pairs = tf.prune(self.teacher, [0, 3]), [(0, 1), (1, 3)]
 
-    def recover(self, steps, **more):
-        def batches():
-            while True:
-                yield torch.randn(32, 1, 8, 8), torch.randint(0, 3, (32,))
-        student = copy.deepcopy(self.student)
-        return tf.recover(student, self.teacher, self.diffusion, batches(), self.pairs, steps, **more)
-
-    def test_the_masked_loss_ignores_outliers_of_either_model_and_so_does_its_gradient(self):
+    def test_the_masked_loss_and_its_gradient_ignore_outliers_of_either_model_and_with_k_infinite_it_is_the_mse(self):
         teacher, student = torch.randn(2, 2, 6, 8).clamp(-1.5, 1.5)
         teacher[0, 1, 2], student[1, 3, 4] = 50.0, -60.0
         left = (teacher < 2) & (student > -2)
@@ -619,6 +589,10 @@ class Recovery(Numeric):
         loss.backward()
         close(loss, (student - teacher)[left].square().mean())
         self.assertEqual((student.grad[0, 1, 2].item(), student.grad[1, 3, 4].item()), (0.0, 0.0))
+        close(tf.masked_feature_loss(student, teacher, math.inf), F.mse_loss(student, teacher))
+        self.assertEqual(tf.masked_feature_loss(torch.ones(1, 2, 2), torch.ones(1, 2, 2), math.inf).item(), 0)
+        for other in (teacher[:1], teacher[0]):
+            self.assertRaisesRegex(ValueError, "expected the same", tf.masked_feature_loss, other, teacher)
 
     def test_a_massive_activation_swamps_the_plain_feature_loss_and_not_the_masked_one(self):
         _, (h,) = self.teacher(*dit_inputs(4), hidden=(1,))
@@ -627,13 +601,6 @@ class Recovery(Numeric):
         ratio = {k: tf.masked_feature_loss(student, massive, k) / tf.masked_feature_loss(student, h, k)
                  for k in (math.inf, 2.0)}
         self.assertTrue(ratio[math.inf] > 100 and 0.5 < ratio[2.0] < 2, ratio)
-
-    def test_without_a_mask_it_is_the_mean_squared_error_of_hidden_states_of_one_shape(self):
-        student, teacher = torch.randn(2, 3, 4), 100 * torch.randn(2, 3, 4)
-        close(tf.masked_feature_loss(student, teacher, math.inf), F.mse_loss(student, teacher))
-        self.assertEqual(tf.masked_feature_loss(torch.ones(1, 2, 2), torch.ones(1, 2, 2), math.inf).item(), 0)
-        for other in (teacher[:1], teacher[0]):
-            self.assertRaisesRegex(ValueError, "expected the same", tf.masked_feature_loss, other, teacher)
 
     def test_the_last_kept_block_of_a_group_is_matched_with_the_groups_last_but_not_across_a_cut(self):
         self.assertEqual(tf.match_blocks([(1, 2)] * 3, [0, 3, 4]), [(0, 1), (1, 3), (2, 5)])
@@ -655,6 +622,8 @@ class Recovery(Numeric):
         self.assertEqual((parts["kd"].item(), parts["features"].item()), (0, 0))
         with self.assertRaises(ValueError):      # the teacher has no block 99
             tf.recovery_loss(self.student, self.teacher, self.diffusion, x0, y, [(0, 1), (1, 99)])
+        with self.assertRaisesRegex(ValueError, "expected one of"):
+            tf.recovery_loss(self.student, self.teacher, self.diffusion, x0, y, self.pairs, "other")
 
     def test_both_models_see_the_same_labels_some_dropped_and_the_weight_of_the_features_falls_to_zero(self):
         self.student.y_embedder.dropout_prob = 0.5
@@ -665,23 +634,11 @@ class Recovery(Numeric):
         def on_step(step, metrics):
             rest = metrics["loss"] - 0.9 * metrics["kd"].item() - 0.1 * metrics["denoising"].item()
             betas.append(rest / metrics["features"].item())
-        self.recover(5, beta=8.0, on_step=on_step)
+        batches = itertools.repeat((torch.randn(32, 1, 8, 8), torch.randint(0, 3, (32,))))
+        tf.recover(self.student, self.teacher, self.diffusion, batches, self.pairs, 5, beta=8.0, on_step=on_step)
         self.assertTrue(len(labels) == 10 and torch.equal(torch.cat(labels[::2]), torch.cat(labels[1::2])))
         self.assertTrue(50 < (torch.cat(labels[::2]) == 3).sum() < 110)
         np.testing.assert_allclose(betas, [8, 6, 4, 2, 0], atol=1e-3)
-
-    def test_recovery_brings_the_student_closer_to_its_teacher_in_every_mode(self):
-        before = [p.clone() for p in self.teacher.parameters()]
-        inputs = dit_inputs(64)
-
-        @torch.no_grad()
-        def distance(model):
-            return F.mse_loss(model(*inputs)[:, :1], self.teacher(*inputs)[:, :1]).item()
-        for kd in ("masked", "feature", "logits"):
-            student = self.recover(40, kd=kd, lr=1e-2, ema_decay=0.9)
-            self.assertLess(distance(student), 0.7 * distance(self.student), kd)
-        close([*self.teacher.parameters()], before, rtol=0, atol=0)
-        self.assertRaisesRegex(ValueError, "expected one of", self.recover, 1, kd="other")
 
 
 class Model(Numeric):
@@ -709,14 +666,6 @@ class Model(Numeric):
             self.assertRaisesRegex(ValueError, "multiple", build, **sizes)
         tokens = tiny_dit().x_embedder(torch.zeros(2, 1, 8, 8))
         self.assertTrue(tokens.is_contiguous(), "or every norm of the blocks would copy them")
-
-    def test_models_run_with_weights_in_bfloat16(self):
-        for model, objective in ((tiny_dit(), tf.GaussianDiffusion()), (tiny_mar(), tf.MaskedAutoregression(16))):
-            x0, y, t = torch.randn(3, 1, 8, 8), torch.tensor([0, 1, 2]), objective.sample_t(3)
-            x_t = objective.q_sample(x0, t, tf.noise_for(x0, t))
-            rough, exact = copy.deepcopy(model).bfloat16()(x_t.bfloat16(), t, y), model(x_t, t, y)
-            self.assertEqual(rough.dtype, torch.bfloat16)
-            self.assertLess((rough - exact).norm() / exact.norm(), 0.05)
 
     def test_a_new_model_predicts_zero_and_its_blocks_are_the_identity(self):
         dit, mar = tf.DiT(**SMALL, patch_size=4, depth=2), tf.MAR_models["MAR-toy"](**SMALL | {"hidden_size": 64})
@@ -794,7 +743,6 @@ class Diffusion(Numeric):
 
     def setUp(self):
         super().setUp()
-        torch.manual_seed(0)
         self.d = tf.GaussianDiffusion()
         self.x0, self.noise = torch.rand(5, 2, 4, 4) * 2 - 1, torch.randn(5, 2, 4, 4)
         self.t = torch.tensor([0, 1, 250, 700, 999])
@@ -865,6 +813,11 @@ class Diffusion(Numeric):
             x = self.d.sample(exact, None, lambda: torch.randn(4000, 1, 1, 1), steps=200, eta=eta)
             self.assertAlmostEqual(x.mean().item(), mu, delta=0.03)
             self.assertAlmostEqual(x.std().item(), s, delta=0.03)
+        for temperature in (0.0, 0.5):           # the drawn std scales along
+            x = self.d.denoise(functools.partial(exact, y=None), lambda: torch.randn(4000, 1, 1, 1), 200,
+                               temperature=temperature)
+            self.assertAlmostEqual(x.mean().item(), mu, delta=0.03)
+            self.assertAlmostEqual(x.std().item(), temperature * s, delta=0.05)
 
     def test_ddpm_steps_are_the_posterior_mean_plus_learned_noise_and_ddim_is_deterministic(self):
         model, r, y = tiny_dit(), self.d.respaced(7), torch.tensor([0, 2])
@@ -915,19 +868,12 @@ class Flow(Numeric):
         self.assertLess(error("heun", 40), 1e-2)
         self.assertRaisesRegex(ValueError, "euler or heun", error, "rk4", 2)
 
-    def test_samples_agree_with_a_plain_integration_under_guidance(self):
+    def test_a_guided_step_follows_the_guided_velocity(self):
         model, y, z = tiny_dit(in_channels=4), torch.tensor([0, 2]), torch.randn(2, 4, 8, 8)
-
-        @torch.no_grad()
-        def v(x, t):
-            cond, null = (model(x, torch.full((2,), t), label)[:, :4] for label in (y, torch.tensor([3, 3])))
-            return torch.cat([(null + 1.5 * (cond - null))[:, :3], cond[:, 3:]], 1)
-        euler = z + v(z, 0.0) / 2
-        half = z + (v(z, 0.0) + v(euler, 0.5)) / 4
-        heun = half + (v(half, 0.5) + v(half + v(half, 0.5) / 2, 1.0)) / 4
-        for solver, expected in (("euler", euler + v(euler, 0.5) / 2), ("heun", heun)):
-            ours = tf.FlowMatching().sample(model, y, lambda: z, 2, 1.5, solver, dtype=torch.float32)
-            close(ours, expected, rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            velocity = model.forward_with_cfg(z, torch.zeros(1), y, 1.5)[:, :4]
+        ours = tf.FlowMatching().sample(model, y, lambda: z, 1, 1.5, "euler", dtype=torch.float32)
+        close(ours, z + velocity, rtol=1e-4, atol=1e-4)
 
 
 class Masked(Numeric):
@@ -935,7 +881,6 @@ class Masked(Numeric):
 
     def setUp(self):
         super().setUp()
-        torch.manual_seed(0)
         self.x0, self.y = torch.randn(3, 1, 8, 8), torch.tensor([0, 2, 3])
         self.objective = tf.MaskedAutoregression(16, repeats=2)
         self.t = self.objective.sample_t(3)
@@ -956,11 +901,8 @@ class Masked(Numeric):
         names |= {f"{part}_pos_embed_learned" for part in ("encoder", "decoder", "diffusion")}
         state = tf.unallocated(tf.MAR).state_dict()
         self.assertEqual(state.keys(), names | {"class_emb.weight", "fake_latent", "mask_token"})
-        shapes = {"class_emb.weight": (1000, 1024), "fake_latent": (1, 1024), "mask_token": (1, 1, 1024),
-                  "z_proj.weight": (1024, 16), "encoder_pos_embed_learned": (1, 320, 1024),
-                  "diffusion_pos_embed_learned": (1, 256, 1024), "diffloss.net.input_proj.weight": (1280, 16),
-                  "diffloss.net.final_layer.linear.weight": (32, 1280),
-                  "diffloss.net.res_blocks.7.adaLN_modulation.1.weight": (3840, 1280)}
+        shapes = {"fake_latent": (1, 1024), "mask_token": (1, 1, 1024), "encoder_pos_embed_learned": (1, 320, 1024),
+                  "diffusion_pos_embed_learned": (1, 256, 1024)}
         self.assertEqual({name: tuple(state[name].shape) for name in shapes}, shapes)
 
     def test_the_forward_pass_is_the_published_one(self):
@@ -1054,7 +996,8 @@ class Masked(Numeric):
             self.assertTrue((x[known] >= 1).all() and not x[~known].any(), "the encoder must see what was drawn")
             return (y < 3).float().view(-1, 1, 1).expand(-1, 64, 1), []
 
-        def denoise(predict, draw, *args, **more):
+        def denoise(predict, draw, head_steps, *, temperature, **more):
+            self.assertEqual((head_steps, temperature), (7, 0.9))
             eps, v = predict(draw(), torch.tensor([0])).chunk(2, 1)
             self.assertTrue((v == 1).all())      # the variance is that of the class
             return eps
@@ -1062,8 +1005,8 @@ class Masked(Numeric):
         model = SimpleNamespace(patch_size=1, input_size=8, in_channels=1, y_embedder=tf.LabelEmbedder(3, None, 0.1),
                                 condition=condition, diffloss={"net": lambda x, t, z: torch.cat([z, z], 1)})
         objective, draw = tf.MaskedAutoregression(64), tf.noise_source(range(2), (1, 8, 8), 0, DEVICE)
-        objective.diffusion.denoise = denoise
-        images = objective.sample(model, torch.tensor([0, 1]), draw, steps=8, guidance=3.0)
+        objective.diffusion.denoise, head = denoise, {"head_steps": 7, "temperature": 0.9}
+        images = objective.sample(model, torch.tensor([0, 1]), draw, steps=8, guidance=3.0, **head)
         left = [math.floor(64 * math.cos(math.pi / 2 * i / 8)) for i in range(9)]
         self.assertEqual(known_counts, [[64 - n] * 4 for n in left[:-1]])
         scales = [torch.full((before - n,), 1 + 2 * (64 - max(1, n)) / 64) for before, n in zip(left, left[1:])]
@@ -1071,36 +1014,9 @@ class Masked(Numeric):
             close(image.flatten().sort().values, torch.cat(scales))
         self.assertFalse(torch.equal(images[0], images[1]))                  # every image has an order of its own
         known_counts.clear()
-        objective.sample(model, torch.tensor([0]), tf.noise_source([0], (1, 8, 8), 0, DEVICE), steps=64)
+        objective.sample(model, torch.tensor([0]), tf.noise_source([0], (1, 8, 8), 0, DEVICE), steps=64, **head)
         self.assertEqual(known_counts, [[n] for n in range(64)])             # at least one is opened
         self.assertRaisesRegex(ValueError, "expected 1 to 64", objective.sample, model, torch.tensor([0]), draw, 65)
-
-    def test_the_head_samples_its_own_distribution_scaled_by_the_temperature(self):
-        """With the exact denoiser of tokens of N(z, 0.5^2), the tokens drawn are of that distribution."""
-        objective = tf.MaskedAutoregression(1)
-        y = torch.arange(2).repeat_interleave(2000)
-
-        def head(x, t, z):                       # E[noise | x_t], and the smaller variance
-            a = float(objective.diffusion.abar[t.item()])
-            eps = math.sqrt(1 - a) * (x - math.sqrt(a) * z) / (a * 0.25 + 1 - a)
-            return torch.cat([eps, -torch.ones_like(eps)], 1)
-        model = SimpleNamespace(patch_size=1, input_size=1, in_channels=1, diffloss={"net": head},
-                                condition=lambda x, known, y: (y.float().view(-1, 1, 1), []))
-        for temperature, low, high in ((0.0, 0, 0.1), (0.5, 0.2, 0.3), (1.0, 0.47, 0.53)):
-            x = objective.sample(model, y, lambda *shape: torch.randn(4000, *shape), 1, head_steps=250,
-                                 temperature=temperature).view(2, -1)
-            close(x.mean(1), torch.tensor([0.0, 1.0]), atol=0.05, rtol=0)
-            self.assertTrue(low < x.std(1).mean() < high, temperature)       # the drawn std scales along
-
-    def test_an_image_is_the_same_whatever_the_batch_it_is_drawn_in(self):
-        def draw(numbers):                       # image i is of class i
-            sampling = {"steps": 4, "head_steps": 5, "guidance": 2.0}
-            return tf.sample_images(tiny_mar(), torch.tensor(numbers), numbers, diffusion=self.objective, seed=0,
-                                    sampling=sampling).int()
-        together = draw([0, 1, 2])
-        alone = torch.cat([draw([i]) for i in range(3)])
-        self.assertLessEqual((together - alone).abs().max(), 1)
-        self.assertGreater(together.float().std(), 0)
 
     def test_a_mask_of_encoder_and_decoder_is_the_pruned_model_and_has_its_gradient(self):
         model, pruned = tiny_mar(), tf.prune(tiny_mar(), [1, 2])
@@ -1125,7 +1041,7 @@ class Masked(Numeric):
             self.assertEqual(len(layer.eval()(torch.ones(100, 5, 16)).unique()), 1)
 
     def test_the_method_runs_on_all_families_unchanged(self):
-        """Learning, pruning, recovery and the criteria know no model and no objective."""
+        """Learning, pruning and recovery, in every mode, know no model and no objective."""
         self.enterContext(torch.device("cpu"))   # where data are read
         data, groups = tf.toy_digits(40, size=8), [(1, 2)] * 2
         data.labels %= 3
@@ -1137,15 +1053,12 @@ class Masked(Numeric):
             sampler, _ = tf.learn_layers(teacher, loss_fn, groups, 5)
             self.assertTrue(all(torch.isfinite(p).all() and p.any() for p in sampler.parameters()))
             pruned, pairs = tf.prune(teacher, sampler.kept()), tf.match_blocks(groups, sampler.kept(), teacher.cuts)
-            before = tf.calibration_loss(pruned, objective, examples)
-            masked = tf.calibration_loss(teacher, objective, examples, sampler.kept())
-            self.assertAlmostEqual(masked, before, places=4)
+            before, weights = tf.calibration_loss(pruned, objective, examples), copy.deepcopy(teacher.state_dict())
             for kd in tf.KD_MODES:
                 student = tf.recover(copy.deepcopy(pruned), teacher, objective, tf.data_batches(data, 8, 0, DEVICE),
                                      pairs, 20, kd=kd, beta=2e-4, lr=2e-3)
                 self.assertLess(tf.calibration_loss(student, objective, examples), before, kd)
-            for name in ("shortgpt", "flux-lite", "sensitivity", "oracle", "random-lowest"):
-                self.assertEqual(len(tf.CRITERIA[name](teacher, groups, objective, examples)), 2)
+            close(dict(teacher.state_dict()), dict(weights), rtol=0, atol=0)
 
 
 class Placement(unittest.TestCase):
@@ -1229,16 +1142,6 @@ def call(*words, main=tf.main):
 
 
 load = functools.partial(torch.load, weights_only=True)
-
-
-def random_model(build, **sizes):
-    """A model with weights that do something (the official start is the zero function)."""
-    torch.manual_seed(0)
-    model = build(**sizes)
-    for p in model.parameters():
-        if p.requires_grad:
-            nn.init.normal_(p, std=0.05)
-    return model
 
 
 def save_images(folder, n, height, width):
@@ -1330,15 +1233,11 @@ class Measuring(InFolder):
         (m1, s1), (m2, s2) = ((x.mean(0), np.cov(x.T)) for x in (a, b))
         expected = ((m1 - m2) ** 2).sum() + np.trace(s1 + s2 - 2 * scipy.linalg.sqrtm(s1 @ s2).real)
         self.assertLess(abs(tf.frechet_distance(m1, s1, m2, s2) / expected - 1), 1e-6)
-        for bad in (np.full((3, 3), np.nan), np.eye(4)):
-            with self.assertRaises(ValueError):
-                tf.frechet_distance(np.zeros(3), bad, np.zeros(3), np.eye(3))
 
     def test_inception_score_precision_and_recall_see_quality_and_variety(self):
         self.assertAlmostEqual(tf.inception_score(torch.full((50, 10), 0.1)), 1)
         self.assertAlmostEqual(tf.inception_score(torch.eye(10).repeat(5, 1)), 10)
         self.assertGreater(tf.inception_score(torch.eye(10).repeat_interleave(2000, 0)), 9.9, "sorted, in four splits")
-        torch.manual_seed(0)
         real = torch.cat([torch.randn(200, 4), torch.randn(200, 4) + 50])
         self.assertEqual(tf.precision_recall(real, real), (1, 1))
         self.assertEqual(tf.precision_recall(real, real + 1000), (0, 0))
@@ -1370,21 +1269,18 @@ class Measuring(InFolder):
         np.savez(folder / "grey.npz", arr_0=a[..., 0])
         np.savez(folder / "wide.npz", mu=np.zeros(3), sigma=np.eye(3))
         np.savez(folder / "nan.npz", mu=np.full(8, np.nan), sigma=np.eye(8))
-        np.savez(folder / "words.npz", mu=np.array(["a"]), sigma=np.array([["b"]]))
-        np.save(folder / "array.npy", a)
-        (folder / "array.npy").rename(folder / "array.npz")
         save_images(folder / "one", 1, 12, 12)
         start = ["--device cpu --fid", folder / "a"]
-        for other in "empty nothing one nothing.npz torn.npz grey.npz nan.npz words.npz array.npz".split():
+        for other in "empty nothing one nothing.npz torn.npz grey.npz nan.npz".split():
             self.refused(str(folder / other), *start, "--ref", folder / other, *inception)
         self.refused("expected (F,) and (F, F)", *start, "--ref", folder / "wide.npz", *inception)
         self.refused("--inception FILE is needed", *start, "--ref", folder / "b")
         for net in ("a.npz", "other.pt"):
             self.refused("TorchScript", *start, "--ref", folder / "b", "--inception", folder / net)
 
-    def test_measuring_goes_on_where_it_was_stopped_and_neither_draws_nor_writes_again_what_is_on_disk(self):
+    def test_measuring_goes_on_where_it_was_stopped_and_does_not_draw_again_what_is_on_disk(self):
         model, diffusion, drawn, stop = tiny_dit(), tf.GaussianDiffusion(), [], None
-        models, labels = {"one": model, "other": tf.prune(model, [0, 3])}, torch.arange(30) % 3
+        models, labels = {"one": model, "other": tf.prune(model, [0, 3])}, torch.arange(40) % 3
 
         def look(images):
             return images.flatten(1)[:, ::9].numpy() / 255, np.full((len(images), 3), 1 / 3)
@@ -1398,22 +1294,18 @@ class Measuring(InFolder):
         def rows(folder):
             folder.mkdir(exist_ok=True)
             found, _ = tf.measure(models, labels, draw, look, real, folder, batch_size=8)
-            return {name: row | {"images_per_second": 0} for name, row in found.items()}
-
-        def files():
-            return {(path.name, path.stat().st_mtime_ns) for path in stopped.iterdir()}
+            self.assertEqual(found["one"]["speed_up"], 1)    # as fast as itself
+            return {name: row | {"images_per_second": 0, "speed_up": 0} for name, row in found.items()}
         digits = tf.toy_digits(60, size=8).images
         real = tf.statistics([look(part) for part in digits.split(7)])
         np.testing.assert_allclose(real["sigma"], np.cov(look(digits)[0].T), rtol=1e-5, atol=1e-9)
-        stopped = self.folder / "stopped"
         whole, every = rows(self.folder / "whole"), drawn.copy()
-        self.assertEqual(every, [(depth, first) for first in (0, 8, 16, 24) for depth in (4, 2)], "they take turns")
+        self.assertEqual(every, [(depth, first) for first in range(0, 40, 8) for depth in (4, 2)], "they take turns")
         drawn.clear()
         stop = 4
         with self.assertRaises(KeyboardInterrupt):
-            rows(stopped)
-        before = files()
-        self.assertEqual((rows(stopped), len(before), before <= files()), (whole, 3, True))
+            rows(self.folder / "stopped")
+        self.assertEqual(rows(self.folder / "stopped"), whole)
         self.assertEqual(drawn, every[:4] + every[3:])
 
 
@@ -1452,8 +1344,6 @@ class Data(InFolder):
         self.assertRaisesRegex(tf.UserError, "float.tif: .* no known range", tf.open_data, self.folder, 8)
         (self.folder / "a" / "torn.png").write_bytes(b"no image")
         self.assertRaisesRegex(tf.UserError, "torn.png: ", tf.open_data, self.folder, 8)
-        for size in ((100, 37), (16, 300), (9, 7)):
-            self.assertEqual(tf.center_crop(Image.new("RGB", size), 16).size, (16, 16))
         stripes = Image.fromarray(np.repeat(np.array([0] * 16 + [200] * 16 + [0] * 16, np.uint8)[None], 16, 0))
         self.assertTrue((np.asarray(tf.center_crop(stripes, 16)) == 200).all())
 
@@ -1521,48 +1411,36 @@ class Data(InFolder):
             np.save(pair / "latents.npy", content)
             refused(pair, reason)
         np.save(pair / "latents.npy", good)
-        tf.write_json(pair / "classes.json", {"classes": ["a", "b"]})
-        refused(pair, "only 2 names")
-        tf.write_json(pair / "classes.json", {"classes": 5})
-        refused(pair, "a list of names")
-        (pair / "classes.json").unlink()
+        for names, reason in ((["a", "b"], "only 2 names"), (5, "a list of names")):
+            tf.write_json(pair / "classes.json", {"classes": names})
+            refused(pair, reason)
         np.save(pair / "labels.npy", np.arange(20) / 2)
         refused(pair, "whole number")
-        np.save(labels / "7.npy", [1, 2])
-        refused(self.folder / "files", "labels/7.npy")
-        np.save(labels / "7.npy", [1])
         (features / "11.npy").write_bytes(b"torn")
         refused(self.folder / "files", "11.npy")
         (labels / "1.npy").unlink()
-        (features / "2.npy").unlink()                                        # as many of both, but not the same
         refused(self.folder / "files", "labels/1.npy")
-        refused(self.folder / "nothing", "nothing: ")
         save_images(self.folder / "images" / "a", 2, 8, 8)
         (self.folder / "images" / "empty").mkdir()
         refused(self.folder / "images", "empty: no such folder, or no images")
 
     def test_an_encoding_killed_at_any_point_goes_on_with_the_same_command(self):
         """Before and after everything it does: every VAE call, every count, and the removal of the counter."""
-        class Killed(BaseException):
-            pass
-
         def around(function):
             def counted(*args, **more):
                 for part in (lambda: None, lambda: function(*args, **more)):
                     result = part()
                     events.append(1)
                     if len(events) == stop:
-                        raise Killed
+                        raise KeyboardInterrupt
                 return result
             return counted
 
         def encode(out, vae="toy"):
-            out.mkdir(exist_ok=True)
             with (mock.patch.object(ToyVAE, "encode", around(ToyVAE.encode)),
                   mock.patch.object(tf, "write_json", around(tf.write_json)),
-                  mock.patch.object(Path, "unlink", around(Path.unlink)),
-                  contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())):
-                tf.encode_images(images, 32, ToyVAE(), out, {"--vae": vae}, batch_size=3)
+                  mock.patch.object(Path, "unlink", around(Path.unlink))):
+                call(main=lambda _: tf.encode_images(images, 32, ToyVAE(), out, {"--vae": vae}, batch_size=3))
             return {path.name: path.read_bytes() for path in out.iterdir()}
         images, events, stop = self.folder / "images", [], None
         save_images(images / "a", 3, 32, 50)
@@ -1578,7 +1456,7 @@ class Data(InFolder):
         for number in range(1, len(events)):     # the last event is after the end
             out, stop = self.folder / f"killed-{number}", number
             events.clear()
-            with self.assertRaises(Killed):
+            with self.assertRaises(KeyboardInterrupt):
                 encode(out)
             stop = None
             if (out / "latents.json").exists():
@@ -1610,7 +1488,6 @@ class Data(InFolder):
             from diffusers import AutoencoderKL
         except ImportError:
             self.skipTest("the rest needs pip install diffusers")
-        torch.manual_seed(0)
         net = AutoencoderKL(block_out_channels=(32,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
                             up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4).eval()
         net.save_pretrained(self.folder / "vae")
@@ -1621,8 +1498,8 @@ class Data(InFolder):
             latents = (posterior.mean + posterior.std * noise) * 0.18215
             torch.testing.assert_close(vae.encode(images, noise), latents)
             self.assertTrue(torch.equal(vae.decode(latents), tf.to_uint8(net.decode(latents / 0.18215).sample)))
-        with self.assertRaisesRegex(tf.UserError, "--vae /nothing: "):
-            tf.VAE("/nothing", "cpu")
+        for name, reason in ((self.folder / "vae", "4 channels, not 16"), ("/nothing", "--vae /nothing: ")):
+            self.assertRaisesRegex(tf.UserError, reason, tf.VAE, name, "cpu", 16)
 
 
 class Training(InFolder):
@@ -1647,41 +1524,23 @@ class Training(InFolder):
             self.assertAlmostEqual(average.weight.item(), expected, places=5)
 
     def test_all_blocks_run_compiled_while_learning_and_recovering_with_few_graphs(self):
-        """torch gives up on a block that was compiled in 8 variants. Here only the compiler is left out."""
+        """torch gives up on a block that was compiled in 8 variants: an error here. Only the compiler is left out."""
         def count(graph, example):
             graphs.append(graph)
-
-            def call(*args):
-                calls.append(1)
-                return graph(*args)
-            return call
-        def counted(run, streams, m, kept, dropped):
-            expected.append((len(kept) > 0) + (len(dropped) > 0))
-            return masked_block(run, streams, m, kept, dropped)
-        graphs, calls, expected, real, masked_block = [], [], [], nn.Module.compile, tf.masked_block
-        self.enterContext(mock.patch.object(nn.Module, "compile", functools.partialmethod(real, backend=count)))
-        self.enterContext(mock.patch.object(tf, "masked_block", counted))
+            return graph
+        graphs, compiling = [], functools.partialmethod(nn.Module.compile, backend=count)
+        self.enterContext(mock.patch.object(nn.Module, "compile", compiling))
+        self.enterContext(torch._dynamo.config.patch(fail_on_recompile_limit_hit=True))
         teacher, diffusion, data = tiny_dit(num_classes=10), tf.GaussianDiffusion(), tf.toy_digits(200, size=8)
         for _ in range(2):                       # the second run has its graphs too
-            for counts in (graphs, calls, expected):
-                counts.clear()
             loss_fn = tf.masked_denoising(diffusion, tf.data_batches(data, 12, 0))
             tf.learn_layers(teacher, loss_fn, [(1, 2)] * 2, 10, prepare=tf.compile_blocks)
-            self.assertEqual((len(calls), len(graphs) <= 8), (sum(expected), True), len(graphs))
+            self.assertTrue(0 < len(graphs) <= 8, len(graphs))
             student = tf.prune(teacher, [0, 3])
-            before = len(calls)
             for model in (teacher, student):
                 tf.compile_blocks(model)
             tf.recover(student, teacher, diffusion, tf.data_batches(data, 12, 0), [(0, 1), (1, 3)], 5)
-            self.assertEqual(len(calls) - before, 5 * (4 + 2))
-
-    def test_only_what_is_out_of_memory_is_called_so(self):
-        for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory")):
-            self.refused("--accumulate", main=lambda _: tf.guarded("x", mock.Mock(side_effect=error)))
-        no_compiler = RuntimeError("InvalidCxxCompiler: No working C++ compiler found")
-        self.refused("--compile needs", main=lambda _: tf.guarded("x", mock.Mock(side_effect=no_compiler)))
-        with self.assertRaisesRegex(RuntimeError, "illegal memory access"):
-            tf.guarded("x", mock.Mock(side_effect=RuntimeError("CUDA error: an illegal memory access was encountered")))
+            graphs.clear()
 
     def test_parts_of_a_batch_and_two_processes_have_the_gradients_of_the_whole_batch(self):
         """And two processes that are stopped and go on end bit for bit like two that never were, and draw as one."""
@@ -1732,7 +1591,7 @@ class Training(InFolder):
 
     def test_a_run_killed_again_and_again_ends_bit_for_bit_like_one_never_stopped(self):
         """And Ctrl-C and SIGTERM end it in one line."""
-        words = STEPS.format(25) + "--stages teacher,learn,recover"
+        words = STEPS.format(25) + "--recover-steps 75 --stages teacher,learn,recover"
         whole, killed = self.folder / "whole", self.folder / "killed"
         self.assertEqual(call(TINY, whole, words)[0], 0)
         often = "import sys, tinyfusion as tf; tf.SAVE_EVERY = 2; sys.exit(tf.main())"
@@ -1752,7 +1611,7 @@ class Training(InFolder):
             self.assertFalse((killed / "student.pt").exists())
             if number != signal.SIGKILL:
                 self.assertEqual((run.returncode, "Traceback" in said), (130, False), said)
-                self.assertIn("all files are whole", said.splitlines()[-1])
+                self.assertIn("no file is broken", said.splitlines()[-1])
         self.assertEqual(call(TINY, killed, words)[0], 0)
         for name in ("teacher.pt", "student.pt"):
             self.assert_same(load(whole / name)["ema"], load(killed / name)["ema"])
@@ -1784,22 +1643,15 @@ class Files(InFolder):
         self.assertEqual(tf.spread([1.0], 1), "1.0 (1 seed)")
 
     def test_a_full_disk_or_a_signal_amid_a_write_leaves_the_old_file_and_no_other(self):
-        def full(file):
-            file.write(b"new")
-            raise OSError("disk full")
-
-        def interrupted(file):                   # as in torch.save, which ends in an error of its own
+        def write(file):
             try:
-                raise KeyboardInterrupt
+                file.write(b"new")
+                raise error
             finally:
-                raise RuntimeError("unexpected pos 64 vs 0")
-        before = self.path.read_bytes()
-        def torch_full(file):
-            try:
-                full(file)
-            finally:
-                raise RuntimeError("unexpected pos 64 vs 0")
-        for write, status in ((full, 2), (torch_full, 2), (interrupted, 130)):
+                if hidden:                       # as in torch.save, which ends in an error of its own
+                    raise RuntimeError("unexpected pos 64 vs 0")
+        before, full = self.path.read_bytes(), OSError("disk full")
+        for error, hidden, status in ((full, False, 2), (full, True, 2), (KeyboardInterrupt(), True, 130)):
             ended, _, said = call(main=lambda _: tf.guarded("x", lambda: tf.write_file(self.path, write)))
             self.assertEqual((ended, "model.pt: disk full; when that is mended" in said), (status, status == 2), said)
             self.assertEqual((self.path.read_bytes(), os.listdir(self.folder)), (before, ["model.pt"]))
@@ -1811,7 +1663,7 @@ class Files(InFolder):
         sizes, args = {"input_size": 16, "in_channels": 4, "num_classes": 7}, argparse.Namespace(lr=1e-4)
         small = functools.partial(tf.MAR_models["MAR-toy"], patch_size=1, dropout=0.1, encoder_depth=1, decoder_depth=2)
         for build, ema in ((functools.partial(tf.DiT_models["toy"], depth=3), "ema"), (small, "model_ema")):
-            model, other = random_model(build, **sizes), build(**sizes)
+            model, other = lively(build(**sizes), 0.05), build(**sizes)
             weights, words = model.state_dict(), ["--num-images 2 --guidance 1 --steps 2 --ckpt", self.path]
             for layout in (weights, {"model": {f"module.{name}": weight for name, weight in weights.items()}},
                            {"model": other.state_dict(), ema: weights, "opt": {}, "args": args, "train_steps": 5}):
@@ -1871,13 +1723,16 @@ class Files(InFolder):
         self.assertFalse((folder / "attacked").exists())
 
     def test_the_same_seed_draws_the_same_image_whatever_the_batch_size(self):
-        drawn = []
-        for size in (6, 4, 1):
-            words = ["--num-images 6 --seed 3 --guidance 2 --ckpt", self.path, f"--batch-size {size}"]
-            self.assertEqual(call(*words, "--npz", self.folder / "a.npz", main=sample.main)[0], 0)
-            drawn.append(tf.load_arrays(self.folder / "a.npz")["arr_0"].astype(int))
-            self.assertLessEqual(abs(drawn[0] - drawn[-1]).max(), 1)         # a rounding may tip a pixel by one level
-        self.assertEqual((drawn[0].shape, drawn[0].std() > 1), ((6, 8, 8, 3), True))
+        mar, sampling = self.folder / "mar.pt", {"steps": 4, "guidance": 1.0, "head_steps": 5}
+        tf.save_checkpoint(mar, tiny_mar(), "mar", sampling, ["a", "b", "c"])
+        for path in (self.path, mar):
+            drawn = []
+            for size in (6, 4, 1):
+                words = ["--num-images 6 --seed 3 --guidance 2 --ckpt", path, f"--batch-size {size}"]
+                self.assertEqual(call(*words, "--npz", self.folder / "a.npz", main=sample.main)[0], 0)
+                drawn.append(tf.load_arrays(self.folder / "a.npz")["arr_0"].astype(int))
+                self.assertLessEqual(abs(drawn[0] - drawn[-1]).max(), 1)     # a rounding may tip a pixel by one level
+            self.assertEqual((drawn[0].shape, drawn[0].std() > 1), ((6, 8, 8, 3), True))
 
 
 class Quick(InFolder):
@@ -1911,30 +1766,17 @@ class Laboratory(Quick):
         with torch.no_grad():
             return self.diffusion.training_losses(tf.prune(self.model, kept), x0, t, y, noise)["loss"].mean().item()
 
-    def test_the_examples_that_models_are_compared_on_are_the_same_for_any_number_of_processes(self):
-        one = tf.fixed_examples(tf.GaussianDiffusion(), tf.toy_digits(), n=48)
-        with mock.patch.multiple(tf, rank=lambda: 1, world_size=lambda: 2):
-            two = tf.fixed_examples(tf.GaussianDiffusion(), tf.toy_digits(), n=48)
-        for a, b in zip(one[0], two[0], strict=True):
-            self.assertTrue(torch.equal(a, b))
-        self.assertEqual(len(one[0][0]), 48)
-
     def test_shortgpt_looks_at_direction_and_flux_lite_at_size(self):
         """Four blocks on two numbers: one that only scales, one that only turns, a small turn, and a last one."""
-        class Model(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.blocks = nn.ModuleList([nn.Linear(2, 2, bias=False) for _ in range(4)])
-                for block, angle, scale in zip(self.blocks, (0, 1.0, 0.5, 0), (5, 1, 1, 1)):
-                    c, s = math.cos(angle) * scale, math.sin(angle) * scale
-                    block.weight.data = torch.tensor([[c, -s], [s, c]])
-
-            def forward(self, x, t, y):
-                return nn.Sequential(*self.blocks)(x.view(len(x), 1, 2)).view(len(x), 2, 1, 1)
-        model, examples = Model(), [(torch.randn(5, 2, 1, 1), None, torch.arange(5), torch.randn(5, 2, 1, 1))]
+        blocks = nn.Sequential(*[nn.Linear(2, 2, bias=False) for _ in range(4)])
+        for block, angle, scale in zip(blocks, (0, 1.0, 0.5, 0), (5, 1, 1, 1)):
+            c, s = math.cos(angle) * scale, math.sin(angle) * scale
+            block.weight.data = torch.tensor([[c, -s], [s, c]])
+        model = mock.Mock(blocks=blocks, side_effect=lambda x, t, y: blocks(x.view(5, 1, 2)).view(5, 2, 1, 1))
+        examples = [(torch.randn(5, 2, 1, 1), None, torch.arange(5), torch.randn(5, 2, 1, 1))]
         self.assertEqual(tf.shortgpt(model, [(2, 4)], self.diffusion, examples), [1, 3])     # the last one always stays
         self.assertEqual(tf.flux_lite(model, [(2, 4)], self.diffusion, examples), [0, 1])    # 4, 4.8, 2.5 and 0 lengths
-        self.assertEqual([len(block._forward_hooks) for block in model.blocks], [0] * 4)
+        self.assertEqual([len(block._forward_hooks) for block in blocks], [0] * 4)
 
     def test_losses_after_pruning_are_those_of_the_pruned_model_and_sensitivity_and_random_search_rank_by_them(self):
         for kept in (None, [0, 3], [2]):
@@ -1956,7 +1798,7 @@ class Laboratory(Quick):
             tf.oracle(depth_28, [(1, 4)] * 7)
 
     def test_a_comparison_can_be_stopped_and_continued_recovers_each_choice_once_and_survives_one_that_diverges(self):
-        model = random_model(tf.DiT_models["toy"], input_size=16, in_channels=1, num_classes=10, depth=4)
+        model = lively(tf.DiT_models["toy"](input_size=16, in_channels=1, num_classes=10, depth=4), 0.05)
         torch.save(model.state_dict(), self.folder / "teacher.pt")
         names, calls, recover = ("shortgpt", "oracle", "random"), [], tf.recover
         self.enterContext(mock.patch.object(tf, "CRITERIA", {name: tf.CRITERIA[name] for name in names}))
@@ -1985,7 +1827,6 @@ class Laboratory(Quick):
             self.assertEqual(len(table), 5 + masks)
             self.assertEqual([len(values) for values in table["no-groups"].values()], [2] * 4)
         self.refused("--learn-steps 2 (now 3)", TINY, self.folder / "all", *words, "all --learn-steps 3")
-        self.refused("--recover-lr 0.002 (now 0.001)", TINY, self.folder / "all", *words, "all --recover-lr 1e-3")
         with mock.patch.object(tf, "recover", side_effect=tf.UserError("disk full")):
             self.refused("disk full", TINY, self.folder / "full", *words, "criteria", lines=None)
         hot = [self.folder / "x", "--compare all --teacher-lr 1e8"]
@@ -2003,6 +1844,7 @@ class CommandLine(Quick):
         self.assertEqual({path.name for path in run.iterdir()}, names)
         for part in ("teacher |", "pruned ", "student |", "toy-FID", "speed-up", "guidance 1.5"):
             self.assertIn(part, out)
+        self.assertIsNone(tf.read_json(run / "results.json")["rows"]["student"]["speed_up"], "it needs five batches")
         log = [json.loads(line)["stage"] for line in (run / "log.jsonl").read_text().splitlines()]
         self.assertEqual(list(dict.fromkeys(log)), ["teacher", "learn", "recover"])
         student = load(run / "student.pt")
@@ -2030,10 +1872,10 @@ class CommandLine(Quick):
         words = ["--ckpt", run / "student.pt"]
         self.assertEqual(call(*words, "--labels 3,1 --out", self.folder / "grid.png", main=sample.main)[0], 0)
         self.assert_picture(self.folder / "grid.png")
-        for wrong, reason in (("--labels 3,10", "from 0 to 9"), ("--labels ²", "from 0 to 9"), ("--out .", "of a .p"),
-                              ("--out x.jpg", "of a .png"),
-                              ("--num-images 99999999999", "--num-images"), ("--solver euler", "no --solver"),
-                              ("--steps 1", "1 sampling steps"), ("--model MAR-B", "MAR-B"), ("--x", "--x")):
+        for wrong, reason in (("--labels 3,10", "from 0 to 9"), ("--labels ²", "from 0 to 9"), ("--out .", "one .png"),
+                              ("--out x.jpg", "one .png"), ("--npz x", "one .png"), ("--npz x.npz --out y", "one .png"),
+                              ("--solver euler", "no --solver"), ("--steps 1", "1 sampling steps"),
+                              ("--eta 1.5", "expected 0 (DDIM)"), ("--model MAR-B", "MAR-B"), ("--x", "--x")):
             self.refused(reason, *words, wrong, main=sample.main)
 
     def test_other_criteria_and_named_blocks_take_the_place_of_learning_and_stages_can_be_run_one_by_one(self):
@@ -2077,53 +1919,35 @@ class CommandLine(Quick):
         self.assertIn("from step 6", self.story(run, "--recover-steps 20 --recover-lr 1e-3"))
         self.assertFalse(list(run.glob("*-state.pt")))
         self.refused("--recover-lr 0.001 (now 0.0001)", *words, "--recover-lr 1e-4")
-        self.refused("a lower --recover-lr goes on", TINY, self.folder / "x", "--recover-lr 1e8", lines=None)
-        self.story(self.folder / "x", "--recover-lr 1e-3")
 
     def test_two_runs_in_one_folder_are_refused_and_a_dead_one_is_no_hindrance_nor_is_a_moved_project(self):
         run, words = self.folder / "run", "--stages teacher --data"
         save_images(self.folder / "pets" / "cat", 24, 16, 16)
         self.story(run, words, self.folder / "pets")
-        code = ("import argparse, pathlib, sys, tinyfusion as tf; run = object.__new__(tf.Run); "
-                "run.out = pathlib.Path(sys.argv[1]); run.lock(); print('locked', flush=True); input()")
-        other = subprocess.Popen([sys.executable, "-c", code, run], env=ENVIRONMENT, text=True, stdin=subprocess.PIPE,
-                                 stdout=subprocess.PIPE)
-        self.assertEqual(other.stdout.readline(), "locked\n")
-        self.refused(f"is in use by process {other.pid}", TINY, run, words, self.folder / "pets")
-        other.kill()
-        other.communicate()
+        other = object.__new__(tf.Run)
+        other.out = run
+        other.lock()
+        self.refused(f"is in use by process {os.getpid()}", TINY, run, words, self.folder / "pets")
+        other.lock_file.close()                  # as the end of a process does, however it ends
         (self.folder / "pets").rename(self.folder / "moved")
         self.story(run, words, self.folder / "moved")
-
-    def test_a_speed_up_needs_five_batches(self):
-        rows = [tf.read_json(self.measured(samples))["rows"] for samples in (200, 250)]
-        self.assertIsNone(rows[0]["student"]["speed_up"])
-        self.assertGreater(rows[1]["student"]["speed_up"], 1)
-
-    def measured(self, samples):
-        self.story(self.folder / "run", f"--samples {samples}")
-        return self.folder / "run" / "results.json"
 
     def test_bad_input_is_one_line_and_exit_status_2(self):
         (self.folder / "file").write_text("x")
         (self.folder / "empty").mkdir()
         run = self.folder / "run"
         for reason, *words in (
-                ("expected a number", "--teacher-steps 0"), ("expected a number", "--learn-steps -5"),
-                ("--samples", "--samples x"), ("--teacher-lr", "--teacher-lr 0"),
-                ("expected a number", "--guidance nan"), ("expected a number", "--guidance 1e308"),
-                ("expected a number", "--teacher-steps 1" + "0" * 99), ("depth of 12", "--groups 1:5"),
-                ("not a list of N:M", "--groups two"), ("choose from", "--model DiT-Q"), ("choose from", "--kd x"),
-                ("choose from", "--compare x"), ("expected some of", "--stages x"), ("multiple", "--image-size 18"),
-                ("cuda:77: ", "--device cuda:77"), ("banana: ", "--device banana"), ("meta: ", "--device meta"),
+                ("expected a number", "--teacher-steps 0"), ("expected a number", "--guidance nan"),
+                ("--samples", "--samples x"), ("depth of 12", "--groups 1:5"), ("choose from", "--model DiT-Q"),
+                ("expected some of", "--stages x"), ("multiple", "--image-size 18"), ("cuda:77: ", "--device cuda:77"),
                 ("Not a directory", "--out", self.folder / "file" / "x"), ("class", "--data", self.folder / "empty"),
                 ("nothing", "--data", self.folder / "nothing"), ("64 images are too few", "--batch-size 100"),
-                ("cut into 3 parts", "--accumulate 3"), ("unrecognized", "--nonsense"), ("expected one", "--data"),
+                ("cut into 3 parts", "--accumulate 3"), ("unrecognized", "--nonsense"),
                 ("one per token", "--model MAR-toy --sample-steps 17"), ("--samples", "--samples 3"),
                 ("more than 1,000", "--model toy-28 --compare all"), ("shortgpt", "--criterion best"),
-                ("--vae is for latents", "--vae x"),
-                ("toy-FID does not use --ref", "--ref x"),
+                ("--vae is for latents", "--vae x"), ("toy-FID does not use --ref", "--ref x"),
                 ("--criterion does not use --learn-lr", "--criterion oracle --learn-lr 1"),
+                ("--update frozen does not use --learn-lr", "--update frozen --learn-lr 1"),
                 ("--compare does not use --stages", "--compare all --stages measure"),
                 ("--stages without measure does not use --inception", "--stages teacher --inception x")):
             with self.subTest(words=words):
@@ -2137,7 +1961,7 @@ class CommandLine(Quick):
 
     def test_an_official_checkpoint_of_latents_becomes_a_student_and_that_a_shallower_one(self):
         folder = self.folder
-        model = random_model(tf.DiT_models["toy"], input_size=4, in_channels=4, num_classes=10, depth=8)
+        model = lively(tf.DiT_models["toy"](input_size=4, in_channels=4, num_classes=10, depth=8), 0.05)
         torch.save({"ema": model.state_dict(), "args": argparse.Namespace(lr=1)}, folder / "official.pt")
         (folder / "data").mkdir()
         np.save(folder / "data" / "latents.npy", np.random.default_rng(0).normal(size=(40, 2, 4, 4, 4)).astype("f4"))
@@ -2155,12 +1979,9 @@ class CommandLine(Quick):
         self.assert_same(model.state_dict(), tf.load_checkpoint(folder / "d4" / "teacher.pt")[0].state_dict())
         self.story(folder / "d2", *flags, "--ckpt", folder / "d4" / "student.pt")
         self.assertEqual([load(folder / run / "student.pt")["config"]["depth"] for run in ("d4", "d2")], [4, 2])
-        for reason, *wrong in (("depth of 8", "--groups 3:5"), ("not a DiT-S/2", "--model DiT-S/2"),
-                               ("cut into 3", "--accumulate 3"), ("nothing", "--data", folder / "nothing"),
-                               ("nothing", "--ref", folder / "nothing"), ("no.npz", "--ref", folder / "no.npz"),
-                               ("mu (5,)", "--ref", folder / "mu.npz"),
-                               ("TorchScript", "--inception", folder / "official.pt"),
-                               ("PyTorch file", "--ckpt", folder / "data" / "labels.npy")):
+        for reason, *wrong in (("not a DiT-S/2", "--model DiT-S/2"), ("nothing", "--ref", folder / "nothing"),
+                               ("mu (5,)", "--ref", folder / "mu.npz"), ("is for images", "--image-size 4"),
+                               ("TorchScript", "--inception", folder / "official.pt")):
             self.refused(reason, TINY, folder / "x", *flags, *ckpt, *wrong)
         self.assertFalse((folder / "x" / "teacher.pt").exists(), "said before the work")
         self.refused("--vae, --inception and --ref", TINY, folder / "y", *data)

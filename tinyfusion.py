@@ -105,7 +105,7 @@ class TimestepEmbedder(nn.Module):
         frequencies = torch.exp(-math.log(10000) / 128 * torch.arange(128, dtype=torch.float32, device=t.device))
         angles = t[:, None].float() * frequencies                            # (B, 128)
         waves = torch.cat([angles.cos(), angles.sin()], dim=1)               # (B, 256), in float32
-        return self.mlp(waves.to(self.mlp[0].weight.dtype))                  # (B, D)
+        return self.mlp(waves.to(self.mlp[0].bias.dtype))                    # (B, D)
 
 
 class LabelEmbedder(nn.Module):
@@ -483,8 +483,11 @@ class GaussianDiffusion(Objective):
 
         eta 1 is DDPM with the model's variance; 0 is DDIM, deterministic after the first draw; between them is DDIM's
         sigma (arXiv:2010.02502, equation 16). Guidance 1 runs the model once a step, anything else twice, in one batch.
-        dtype: that of the model's matrix products, as in `autocast` (Chapter 9).
+        dtype: that of the model's matrix products, as in `autocast` (Chapter 9). Raises ValueError for another eta.
         """
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta {eta}: expected 0 (DDIM) to 1 (DDPM)")
+
         def predict(x, t):
             return model(x, t, y) if guidance == 1 else model.forward_with_cfg(x, t, y, guidance, cfg_channels)
         return self.denoise(predict, draw, steps, eta, clip_denoised, dtype=dtype)
@@ -537,7 +540,7 @@ def masked_forward(blocks, x, *args, mask=None, hidden=()):
     back through the block, and its output is needed only as a number, for dL/dm. So a dropped block runs forward
     without a graph, and not at all backward. Where the mask needs no gradient, it does not run at all.
     But each block is called twice, for the kept and for the dropped examples. So the skip is faster than the formula on
-    a CPU, and on a GPU with large batches alone (DiT-XL/2 on one H200: 1.2 times as fast with 128 images, 0.65 times
+    a CPU, but on a GPU only with large batches (DiT-XL/2 on one H100: 1.2 times as fast with 128 images, 0.7 times
     with 32, in two thirds of the memory or less).
 
     blocks: any sequence of modules that map (B, ...) to (B, ...), each example by itself; args: further arguments of
@@ -698,6 +701,8 @@ class TopNSampler(nn.Module):
         noise = self.logits.new_empty(batch_size, len(self.logits)).exponential_(generator=generator)
         keys = self.logits * scale - noise.log()                             # (B, L); -noise.log() is Gumbel noise
         hard = torch.zeros_like(keys).scatter(1, keys.topk(self.n).indices, 1.0)
+        if not torch.is_grad_enabled():
+            return hard
         soft = self.relaxed(keys, tau)
         return hard + (soft - soft.detach())
 
@@ -725,7 +730,7 @@ class TopNSampler(nn.Module):
 
     def confidence(self, scale=100.0):
         """The probability (n,) of each of the blocks in `kept` to be kept: near 1 when the decision is made."""
-        return self.keep_probability(scale)[self.kept()]
+        return self.keep_probability(scale)[self.logits.topk(self.n).indices.sort().values]
 
     def kept(self):
         """The blocks to keep, ascending: those of the n largest logits."""
@@ -733,8 +738,8 @@ class TopNSampler(nn.Module):
 
 
 def make_sampler(groups):
-    """Groups are written as a list [(N, M), ...], for a LayerSampler; no groups, to keep N of all L blocks, as one bare
-    (N, L), for a TopNSampler."""
+    """A LayerSampler for groups, a list [(N, M), ...]; a TopNSampler for one bare (N, L), which means no groups: keep N
+    of all L blocks."""
     return LayerSampler(groups) if isinstance(groups, list) else TopNSampler(*groups)
 
 
@@ -1292,9 +1297,10 @@ class MAR(nn.Module):
         return {**self.sizes, "encoder_depth": len(self.encoder_blocks), "decoder_depth": len(self.decoder_blocks)}
 
     def condition(self, x, known, y, mask=None, hidden=()):
-        """Encoder and decoder: tokens x (B, T, F), of which the `known` ones (B, T) are read, as many in every example,
-        and labels y (B,), to z (B, T, D) and the outputs of the `hidden` blocks, (B, buffer + known, D) in the encoder,
-        (B, buffer + T, D) in the decoder. Raises ValueError where examples differ in the number of known tokens."""
+        """Encoder and decoder: tokens x (B, T, F), of which only the `known` ones (B, T) are read, equally many in each
+        example, and labels y (B,), to z (B, T, D) and the outputs of the `hidden` blocks, (B, buffer + known, D) in the
+        encoder, (B, buffer + T, D) in the decoder. Raises ValueError where examples differ in the number of known
+        tokens."""
         B, E = len(x), len(self.encoder_blocks)
         if (known.sum(1) != known[0].sum()).any():
             raise ValueError("expected the same number of known tokens in every example of a batch")
@@ -1439,7 +1445,7 @@ MAR_models = {
 }
 
 # One row of settings per model, from which most defaults of the command line come. PAPER is the paper's recipe for
-# DiT-XL (it learns with batches of half the size); teacher_steps and teacher_lr are DiT's. TOY was tuned on the drawn
+# DiT-XL (while learning, batches are half as large); teacher_steps and teacher_lr are DiT's. TOY was tuned on the drawn
 # digits. ema_decay: of the average of the weights; beta: first weight of the features in masked KD; label_std: of a new
 # DiT's label embeddings, officially 0.02; sampling: further arguments of the objective's `sample`.
 PAPER = {
@@ -1645,8 +1651,8 @@ def statistics_of(path, look=None):
 
 def compare_statistics(fake, real, device="cpu"):
     """How far the statistics `fake` are from `real`: a dict of `fid` and, where features and probabilities are there,
-    `is`, `precision` and `recall`. The latter two use no more real images than there are fakes: a denser set has
-    smaller balls, which would favour the other. Raises ValueError where features differ in size."""
+    `is`, `precision` and `recall`. The latter two use no more real images than there are fakes: more
+    points make smaller balls, which would favour the other set. Raises ValueError where features differ in size."""
     row = {"fid": frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"])}
     if "p" in fake:
         row["is"] = inception_score(fake["p"])
@@ -1732,7 +1738,7 @@ class Dataset:
         return torch.from_numpy(np.stack([self.images[i][side] for i, side in zip(index.tolist(), sides)])).float()
 
     def describe(self):
-        """The number of examples and a checksum of labels and up to 1,000 examples, by which to know the data again."""
+        """The number of examples and a checksum of labels and up to 1,000 examples, to recognise the data by."""
         some = np.linspace(0, len(self.labels) - 1, min(1000, len(self.labels))).astype(int)
         checksum = zlib.crc32(self.labels.numpy())
         for i in some:
@@ -1785,7 +1791,7 @@ def read_image(path, size=None):
     cropped to that square. It is turned as its EXIF data say, and what is transparent is white. Raises UserError, with
     the file's name, where it is not a whole image of 8 or 16 bits."""
     with reading(path, "a whole image; repair or replace it"), Image.open(path) as image:
-        image.getexif()                          # read and kept; the bytes go, or odd ones among them would be errors
+        image.getexif()                          # parsed and kept; the raw bytes go, since odd ones would raise
         image.info.pop("exif", None)
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):        # 16 bits a pixel: Pillow's own conversion would clip, not scale
@@ -1897,8 +1903,7 @@ def open_data(folder, size):
 def data_batches(data, batch_size, seed, device="cpu", start=0, parts=1):
     """Endless batches (x, y), x (B, C, H, W) and y (B,), in a new order every epoch; of latents, a random half are of
     the mirror image. A step's batch depends on the seed and the step's number alone, so a run can go on from any step
-    `start`. Every batch is cut into `parts` times as many smaller ones as there are processes (Chapter 9), and each
-    process gets its `parts` of them, one after the other."""
+    `start`. Every batch is cut into `parts` pieces per process (Chapter 9), and each process gets its own, in turn."""
     N = len(data.labels)
     per_epoch = max(1, N // batch_size)
     for step in itertools.count(start):
@@ -1915,13 +1920,15 @@ def data_batches(data, batch_size, seed, device="cpu", start=0, parts=1):
 
 class VAE:
     """The autoencoder of latent models, by the package diffusers: images (B, 3, H, W), uint8, to latents (B, C, h, w)
-    and back. name: of a model on Hugging Face, or a folder. Raises UserError where the package or the model is missing,
-    and loads safetensors only."""
+    and back. name: of a model on Hugging Face, or a folder; channels: C, if it must fit. Raises UserError where it does
+    not, or where the package or the model is missing, and loads safetensors only."""
 
-    def __init__(self, name, device):
-        with reading(f"--vae {name}", "an autoencoder in safetensors; this needs pip install diffusers"):
+    def __init__(self, name, device, channels=None):
+        with reading(f"--vae {name}", "a fitting autoencoder in safetensors; this needs pip install diffusers"):
             from diffusers import AutoencoderKL
             net = AutoencoderKL.from_pretrained(name, use_safetensors=True, low_cpu_mem_usage=False)
+            if channels not in (None, net.config.latent_channels):
+                raise ValueError(f"its latents have {net.config.latent_channels} channels, not {channels}")
         self.net = net.to(device).eval()
         self.device = device
         self.scale = net.config.scaling_factor   # 0.18215: latents of about unit variance
@@ -1940,8 +1947,8 @@ class VAE:
 def encode_images(folder, size, vae, out, settings, batch_size=16):
     """Write `latents.npy` (N, 2, C, h, w), of every image and its mirror image, `labels.npy` and `classes.json` into
     `out`, from a folder as in `class_files`. The file has its full size from the start; a counter beside it,
-    latents.json, says how many images are in it, and goes when all are. The next call with the same `settings` goes on
-    from there. Raises UserError for other settings, and for a broken image, with its name."""
+    latents.json, says how many images are in it, and is deleted at the end. The next call with the same `settings`
+    goes on from there. Raises UserError for other settings, and for a broken image, with its name."""
     classes, files = class_files(folder)
     out.mkdir(parents=True, exist_ok=True)
     counter = out / "latents.json"
@@ -1991,7 +1998,7 @@ def encode_images(folder, size, vae, out, settings, batch_size=16):
 # card. Given the same random numbers, the gradient is the same however a batch is cut.
 # ---------------------------------------------------------------------------------------------------------------------
 
-SAVE_EVERY = 500                                 # steps between two saves, at most; there are ten in every run
+SAVE_EVERY = 500                                 # steps between two saves, at most; in short runs a tenth of the steps
 
 
 def rank():
@@ -2026,7 +2033,7 @@ def processes():
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 and not dist.is_torchelastic_launched():
         yield
         return
-    # The first optimizer step would import this. It then would hold the group, whose threads can crash the exit.
+    # The first optimizer step would import this, and keep the group alive, whose threads can crash the exit.
     import torch._dynamo
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if rank() else sys.stdout):
@@ -2124,11 +2131,12 @@ def train(model, loss_fn, steps, *, params=None, lr=1e-4, final_lr_ratio=1.0, wa
     """Take `steps` steps of AdamW (no weight decay, gradients clipped to norm `clip`) on `model`, in place.
 
     loss_fn(step) returns the loss, a scalar, and a dict of more numbers to report; it is called `accumulate` times a
-    step, under `autocast`. params: parameters or groups of them with their own rates, by default all that require
-    gradients. The rate follows `schedule`; seed, if given, is that of `seed_step`. on_step(step, metrics) is called
-    after every step. state: a TrainingState to go on from and to save to, with `record`, a list of plain data that
-    grows along; loss_fn must then start with the batch of step `state.step`. Returns the EMA of the model if ema_decay
-    is given, else the model, in eval mode. Raises NonFiniteLoss before a step that would spoil the weights."""
+    step (the last call's numbers count), under `autocast`. params: parameters or groups of them with their own rates,
+    by default all that require gradients. The rate follows `schedule`; seed, if given, is that of `seed_step`.
+    on_step(step, metrics) is called after every step. state: a TrainingState to go on from and to save to, with
+    `record`, a list of plain data that grows along; loss_fn must then start with the batch of step `state.step`.
+    Returns the EMA of the model if ema_decay is given, else the model, in eval mode. Raises NonFiniteLoss before a step
+    that would spoil the weights."""
     params = params or [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -2170,9 +2178,9 @@ def train(model, loss_fn, steps, *, params=None, lr=1e-4, final_lr_ratio=1.0, wa
 
 
 def progress(label, steps, log_file=None, unit="steps", first=0):
-    """An on_step that prints "label step/steps, loss, speed, time left" every ten seconds and at the end, and appends
-    the numbers of a hundred steps or more to `log_file`, as lines of JSON. All are means since the line before. first:
-    the step at which the run starts."""
+    """An on_step that prints "label step/steps, loss, speed, time left" every ten seconds and at the end, and appends a
+    hundred lines of JSON or more to `log_file`. Losses are means over the latest steps, the speed is that since the
+    start. first: the step at which the run starts."""
     start = time.perf_counter()
     printed = start
     recent = []                                  # the metrics since the last printed line
@@ -2210,7 +2218,7 @@ def progress(label, steps, log_file=None, unit="steps", first=0):
 # Chapter 10. Files and pictures
 #
 # Every result is written under another name and then renamed, so that there is a whole file or none, whenever the
-# program is stopped (log.jsonl alone grows line by line). Files are loaded as data, never as code.
+# program is stopped (only log.jsonl and latents.npy grow). Files are loaded as data, never as code.
 # ---------------------------------------------------------------------------------------------------------------------
 
 class UserError(Exception):
@@ -2328,8 +2336,8 @@ def config_of(weights):
 
 
 def preset_name(model, objective):
-    """The model in PRESETS of a network's objective, width and depth; or of objective and width, the first one; or of
-    its objective alone. objective None: DiT's or MAR's. Raises ValueError for one that is not the network's."""
+    """The name in PRESETS that fits a model best: of its objective, then of its width, then of its depth. objective
+    None: any. Raises ValueError for an objective that is not the network's."""
     def distance(name):
         sizes = PRESETS[name]["network"].keywords
         depth = sum(size for key, size in sizes.items() if "depth" in key)
@@ -2479,8 +2487,8 @@ def draw_decisions(path, history, groups, kept):
 
 
 def axes(sheet, left, top, side, points, names, logarithmic):
-    """Draw the frame of a plot of points (N, 2) on a PIL image, a square with five ticks on each axis. names and
-    logarithmic: of both axes. Returns place(x, y), where a point lies in the image."""
+    """Draw the frame of a plot of points (N, 2) on a PIL image, a square with five ticks on each axis. names,
+    logarithmic: one for each axis. Returns place(x, y), where a point lies in the image."""
     def scaled(point):
         return np.array([math.log(value) if log else value for value, log in zip(point, logarithmic)])
 
@@ -2565,7 +2573,7 @@ CONDITIONS = ("samples", "sample_steps", "guidance", "inception", "ref", "vae") 
 
 
 def checksum(model):
-    """Eight digits by which to know the weights of a model again."""
+    """Eight digits to recognise the weights of a model by."""
     value = 0
     for weight in model.state_dict().values():
         value = zlib.crc32(weight.cpu().contiguous().numpy(), value)
@@ -2578,7 +2586,8 @@ class Run:
     def __init__(self, args):
         self.args = args
         self.device = pick_device(args.device)
-        self.data = open_data(args.data, args.image_size) if args.data else toy_digits(size=args.image_size)
+        size = args.image_size or (args.teacher.input_size if args.teacher else 16)
+        self.data = open_data(args.data, size) if args.data else toy_digits(size=size)
         if args.teacher:
             self.data = with_classes(self.data, args.classes)
         with reading(f"--image-size {self.data.shape[1]}", "a size that the model's patches divide"):
@@ -2590,7 +2599,7 @@ class Run:
         self.conditions = {name: getattr(args, name) for name in CONDITIONS}
         self.check(model)
         self.examples = fixed_examples(self.diffusion, self.data, device=self.device)    # what the criteria look at
-        self.decode = VAE(args.vae, self.device).decode if args.vae else to_uint8
+        self.decode = VAE(args.vae, self.device, self.data.shape[0]).decode if args.vae else to_uint8
         if args.inception:
             self.judge                           # a mistake in its flags ends the run before the work
         self.out = Path(args.out)
@@ -2623,15 +2632,17 @@ class Run:
         if args.criterion == "oracle":
             oracle(model, self.groups)                       # raises ValueError for groups that do not fit
         if args.compare == "all":
-            every_choice(self.groups)                        # the same
+            every_choice(self.groups)                        # raises ValueError for too many
         if args.objective == "ddpm":
-            self.diffusion.respaced(args.sample_steps)       # the same for steps
+            self.diffusion.respaced(args.sample_steps)       # raises ValueError for steps out of range
         if args.objective == "mar" and args.sample_steps > model.num_tokens:
             raise UserError(f"--sample-steps {args.sample_steps}: expected up to {model.num_tokens}, one per token")
         if args.samples < 4:
             raise UserError(f"--samples {args.samples}: expected 4 or more")
         if args.vae and not data.latent:
             raise UserError("--vae is for latents: leave it out")
+        if args.image_size and data.latent:
+            raise UserError("--image-size is for images: leave it out")
         if data.latent and "measure" in args.stages and not (args.vae and args.inception and args.ref):
             raise UserError("latents are measured with --vae, --inception and --ref: give all three, or leave measure "
                             "out, by --stages teacher,learn,recover")
@@ -2661,6 +2672,7 @@ class Run:
         path = self.out / "settings.json"
         settings = {name: getattr(self.args, name) for name in RECIPE}
         settings["data"] = self.data.describe()
+        settings["image_size"] = self.data.shape[1]
         settings["ckpt"] = self.args.teacher and f"weights {checksum(self.args.teacher)}"
         if path.exists():
             saved = read_json(path, *RATES)
@@ -2676,7 +2688,7 @@ class Run:
         return max(1, int(self.args.batch_size * (self.args.learn_batch if stage == "learn" else 1)))
 
     def training(self, stage):
-        """A stage's batches, and the arguments of `train` that all stages share; both from its saved state on."""
+        """A stage's batches, and the arguments of `train` that all stages share; both start at its saved step."""
         steps = getattr(self.args, f"{stage}_steps")
         size = self.batch_size(stage)
         seed = self.args.seed + list(RESULTS).index(stage)
@@ -3102,7 +3114,7 @@ def parse_groups(pattern, depth):
     if len(groups) == 1:
         groups = groups * (depth // total)
     if sum(m for _, m in groups) != depth:
-        raise ValueError(f"groups {pattern!r} cover {total} blocks and do not divide a depth of {depth}")
+        raise ValueError(f"groups {pattern!r} do not fill a depth of {depth}; one N:M is repeated, a list is not")
     return groups
 
 
@@ -3116,7 +3128,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
     def parse_args(self, argv=None):
-        """The flags as a namespace. Raises UserError for a number that is not positive, or of those below, negative."""
+        """The flags as a namespace. Raises UserError for numbers that are not positive (those named below may be 0)."""
         args = super().parse_args(argv)
         for name, value in vars(args).items():
             above = "from" if name in ("seed", "guidance", "eta", "temperature") else "above"
@@ -3187,6 +3199,7 @@ def refuse_unread(args, argv):
             (args.compare, "--compare", {"--stages", "--criterion"}),
             (args.ckpt, "--ckpt", {"--teacher-steps", "--teacher-lr"}),
             (args.criterion != "learned", "--criterion", {"--learn-steps", "--learn-lr", "--logits-lr", "--update"}),
+            (args.update == "frozen", "--update frozen", {"--learn-lr"}),
             ("measure" not in args.stages, "--stages without measure", {"--samples", "--inception", "--ref", "--vae"}),
             (not args.inception and not args.fid, "toy-FID", {"--ref"})):
         if applies and given & unread:
@@ -3194,7 +3207,7 @@ def refuse_unread(args, argv):
 
 
 def parse_args(argv=None):
-    """Flags as a namespace, with the row of PRESETS, `teacher`, the model of --ckpt, and the names of its `classes`.
+    """Flags as a namespace, with the row of PRESETS, `teacher` (the model of --ckpt) and `classes` (their names).
     Raises UserError for flags that do not go together."""
     argv = sys.argv[1:] if argv is None else argv
     first = Parser(add_help=False)       # the model comes first: it gives the others their defaults
@@ -3221,7 +3234,6 @@ def parse_args(argv=None):
         raise UserError("--fid goes with --ref")
     args.teacher = teacher
     args.classes = content["classes"]
-    args.image_size = args.image_size or (teacher.input_size if teacher else 256 if args.encode else 16)
     args.out = args.out or f"runs/{Path(args.data).resolve().name if args.data else args.model.replace('/', '-')}"
     return args
 
@@ -3247,14 +3259,13 @@ def guarded(prog, body):
         if "No working C++ compiler" in str(error):
             words = "--compile needs a C++ compiler: install one, such as g++, or leave the flag out"
         elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-            words = "out of memory; --accumulate 2 helps in training, a smaller --batch-size everywhere"
+            words = "out of memory; try --accumulate 2 in training, a smaller --batch-size in sample.py"
         else:
             raise
     except (UserError, ValueError, OSError) as error:        # a ValueError too says what is wrong with input
         words = " ".join(str(error).split())
     except KeyboardInterrupt:
-        print(f"\n{prog}: stopped; all files are whole, and a run of stages goes on with the same command",
-              file=sys.stderr)
+        print(f"\n{prog}: stopped; no file is broken; tinyfusion.py goes on with the same command", file=sys.stderr)
         return 130
     print(f"{prog}: {words}", file=sys.stderr)
     return 2
@@ -3264,8 +3275,9 @@ def run(args):
     """Do what the flags say."""
     with processes():
         if args.encode:
-            encode_images(args.encode, args.image_size, VAE(args.vae, pick_device(args.device)), Path(args.out),
-                          {"vae": args.vae, "image_size": args.image_size})
+            size = args.image_size or 256
+            encode_images(args.encode, size, VAE(args.vae, pick_device(args.device)), Path(args.out),
+                          {"vae": args.vae, "image_size": size})
         elif args.fid:
             run_fid(args)
         elif args.compare:
