@@ -2089,7 +2089,9 @@ def bench():
         for size in sizes:
             batch[:] = torch.randn(size, 4, 32, 32, device=device), torch.arange(size, device=device)
             race(f"{title}, batch {size}", jobs, steps)
-        print(f"{title}: {counters['stats']['unique_graphs']} graphs compiled, breaks: {dict(counters['graph_break'])}")
+        if GPU:
+            graphs, breaks = counters["stats"]["unique_graphs"], dict(counters["graph_break"])
+            print(f"{title}: {graphs} graphs compiled, breaks: {breaks}")
         counters.clear()
 
     jobs = {"dense": learning(dense), "skip": learning()}
