@@ -267,8 +267,7 @@ class Heart(Numeric):
         self.assertEqual(tf.parse_groups("1:2", 6), [(1, 2)] * 3)
         self.assertEqual(tf.parse_groups("2:4,1:2", 6), [(2, 4), (1, 2)])
         self.assertEqual(tf.parse_groups("14", 28), (14, 28))
-        for words, reason in (("13 0", "from 1 to 12"), ("1:5", "fill a depth of 12"),
-                              ("2:4,3:4", "cover 8 blocks and do not divide a depth of 12"),
+        for words, reason in (("13 0", "from 1 to 12"), ("1:5 2:4,3:4", "fill a depth of 12; one N:M"),
                               ("3:2 0:2 1:0", "expected N:M with 1 <= N"), ("1-2 1:2:3 ,", "not a list"),
                               ("14:28", "too many candidates"), ("9000:18000", "9000:18000")):
             for pattern in words.split():
