@@ -1485,9 +1485,9 @@ def objective_of(name, model):
 # The Frechet distance compares two sets of images through the mean and covariance of their features under some
 # network: |mu1 - mu2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)). FID takes the features of an Inception network trained on
 # ImageNet. For toy data we train a small classifier on the spot, take its features, and call the result *toy-FID*. It
-# ranks models of one data set; it cannot be compared with any published FID. Precision is the share of drawn images
-# that look real, recall the share of real ones that could have been drawn, and the inception score says whether images
-# are clear and of all classes.
+# ranks models of one data set. A classifier with other starting weights ranks them alike, by other numbers, and none of
+# these can be compared with a published FID. Precision is the share of drawn images that look real, recall the share of
+# real ones that could have been drawn, and the inception score says whether images are clear and of all classes.
 #
 # What is known of a set of N images with F features each is a dict of arrays, its statistics: `mu` (F,), `sigma` (F, F)
 # and, where known, `features` (N, F) and class probabilities `p` (N, classes). All features are in memory.
@@ -3110,9 +3110,8 @@ def parse_groups(pattern, depth):
     groups = [tuple(map(int, part.split(":"))) for part in pattern.split(",")]
     for n, m in groups:
         check_group(n, m)
-    total = sum(m for _, m in groups)
     if len(groups) == 1:
-        groups = groups * (depth // total)
+        groups = groups * (depth // groups[0][1])
     if sum(m for _, m in groups) != depth:
         raise ValueError(f"groups {pattern!r} do not fill a depth of {depth}; one N:M is repeated, a list is not")
     return groups
