@@ -1,11 +1,9 @@
-"""Draw images from a checkpoint of tinyfusion.py.
+"""Draw images from a checkpoint of tinyfusion.py, or an official one (for SiT add --model SiT-XL/2).
 
     python sample.py --ckpt runs/toy/student.pt                          ten images of every class, as sample.png
     python sample.py --ckpt runs/toy/student.pt --labels 3,1,4 --num-images 30 --seed 7 --out pi.png
     python sample.py --ckpt runs/toy/student.pt --num-images 5000 --npz a.npz         an ADM batch, for any FID program
     python sample.py --ckpt TinyDiT-D14.pt --vae stabilityai/sd-vae-ft-ema --labels 207,360,387
-
-Official checkpoints work too (SiT: add --model SiT-XL/2). Image i of a seed does not depend on the batch size.
 """
 
 import inspect
@@ -36,8 +34,9 @@ def parse_args(argv=None):
     add("--temperature", type=float, metavar="X", help="MAR: a factor of the noise of its head's steps (1)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the noise (0)")
     add("--batch-size", type=int, default=100, metavar="N", help="images at once (100)")
-    add("--out", metavar="FILE", help="PNG grid (sample.png)")
-    add("--npz", metavar="FILE", help="instead an ADM batch: arr_0, uint8, NHWC, all in memory")
+    write = parser.add_mutually_exclusive_group().add_argument
+    write("--out", default="sample.png", metavar="FILE", help="PNG grid (sample.png)")
+    write("--npz", metavar="FILE", help="instead an ADM batch: arr_0, uint8, NHWC, all in memory")
     add("--vae", metavar="NAME", help="autoencoder of latents, on Hugging Face or a folder (needs diffusers)")
     add("--dtype", choices=("float32", "bfloat16"), help="of matrix products (bfloat16 on CUDA, float32 elsewhere)")
     add("--compile", action="store_true", help="torch.compile the blocks: a slow start, faster images")
@@ -61,7 +60,7 @@ def choose_decoder(args, model, device):
     if args.vae and C not in (1, 3):
         return VAE(args.vae, device, C).decode
     if args.vae or (C not in (1, 3) and not args.npz):
-        raise UserError(f"{args.ckpt} draws {C} channels: --vae NAME decodes latents, --npz FILE writes them")
+        raise UserError(f"{args.ckpt} draws {C} channels: 1 or 3 are images; others need --vae NAME, or --npz FILE")
     return to_uint8 if C in (1, 3) else lambda latents: latents
 
 
@@ -79,9 +78,9 @@ def choose_sampling(args, checkpoint, diffusion):
 def run(args):
     """Draw the images and write them."""
     device = pick_device(args.device)
-    target = Path(args.npz or args.out or "sample.png")
-    if target.is_dir() or (args.npz and args.out) or target.suffix != (".npz" if args.npz else ".png"):
-        raise UserError(f"{target}: expected the name of one .png or .npz file to write")
+    target = Path(args.npz or args.out)
+    if target.is_dir() or target.suffix != (".npz" if args.npz else ".png"):
+        raise UserError(f"{target}: expected the name of a .png file for --out, of a .npz file for --npz")
     target.parent.mkdir(parents=True, exist_ok=True)
     model, checkpoint = load_checkpoint(args.ckpt, device, args.model)
     if args.compile:

@@ -483,7 +483,7 @@ class GaussianDiffusion(Objective):
 
         eta 1 is DDPM with the model's variance; 0 is DDIM, deterministic after the first draw; between them is DDIM's
         sigma (arXiv:2010.02502, equation 16). Guidance 1 runs the model once a step, anything else twice, in one batch.
-        dtype: that of the model's matrix products, as in `autocast` (Chapter 9). Raises ValueError for another eta.
+        dtype: that of the model's matrix products, as in `autocast` (Chapter 9). Raises ValueError for other eta.
         """
         if not 0 <= eta <= 1:
             raise ValueError(f"eta {eta}: expected 0 (DDIM) to 1 (DDPM)")
@@ -1485,9 +1485,9 @@ def objective_of(name, model):
 # The Frechet distance compares two sets of images through the mean and covariance of their features under some
 # network: |mu1 - mu2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)). FID takes the features of an Inception network trained on
 # ImageNet. For toy data we train a small classifier on the spot, take its features, and call the result *toy-FID*. It
-# ranks models of one data set. A classifier with other starting weights ranks them alike, by other numbers, and none of
-# these can be compared with a published FID. Precision is the share of drawn images that look real, recall the share of
-# real ones that could have been drawn, and the inception score says whether images are clear and of all classes.
+# ranks models of one data set. A classifier with other starting weights ranks them almost alike, by other numbers. None
+# of these can be compared with a published FID. Precision is the share of drawn images that look real, recall the share
+# of real ones that could have been drawn, and the inception score says whether images are clear and of all classes.
 #
 # What is known of a set of N images with F features each is a dict of arrays, its statistics: `mu` (F,), `sigma` (F, F)
 # and, where known, `features` (N, F) and class probabilities `p` (N, classes). All features are in memory.
@@ -1651,8 +1651,9 @@ def statistics_of(path, look=None):
 
 def compare_statistics(fake, real, device="cpu"):
     """How far the statistics `fake` are from `real`: a dict of `fid` and, where features and probabilities are there,
-    `is`, `precision` and `recall`. The latter two use no more real images than there are fakes: more
-    points make smaller balls, which would favour the other set. Raises ValueError where features differ in size."""
+    `is`, `precision` and `recall`. The latter two use no more real images than there are fakes: with more points a
+    set's balls are smaller, and the two sets would not be measured alike. Raises ValueError where features differ in
+    size."""
     row = {"fid": frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"])}
     if "p" in fake:
         row["is"] = inception_score(fake["p"])
@@ -1903,7 +1904,7 @@ def open_data(folder, size):
 def data_batches(data, batch_size, seed, device="cpu", start=0, parts=1):
     """Endless batches (x, y), x (B, C, H, W) and y (B,), in a new order every epoch; of latents, a random half are of
     the mirror image. A step's batch depends on the seed and the step's number alone, so a run can go on from any step
-    `start`. Every batch is cut into `parts` pieces per process (Chapter 9), and each process gets its own, in turn."""
+    `start`. Every batch is cut into `parts` pieces per process (Chapter 9); each process gets its own, one by one."""
     N = len(data.labels)
     per_epoch = max(1, N // batch_size)
     for step in itertools.count(start):
@@ -1920,8 +1921,8 @@ def data_batches(data, batch_size, seed, device="cpu", start=0, parts=1):
 
 class VAE:
     """The autoencoder of latent models, by the package diffusers: images (B, 3, H, W), uint8, to latents (B, C, h, w)
-    and back. name: of a model on Hugging Face, or a folder; channels: C, if it must fit. Raises UserError where it does
-    not, or where the package or the model is missing, and loads safetensors only."""
+    and back. name: of a model on Hugging Face, or a folder; channels: the C it must have. Raises UserError where it has
+    another, or where the package or the model is missing, and loads safetensors only."""
 
     def __init__(self, name, device, channels=None):
         with reading(f"--vae {name}", "a fitting autoencoder in safetensors; this needs pip install diffusers"):
@@ -2178,9 +2179,9 @@ def train(model, loss_fn, steps, *, params=None, lr=1e-4, final_lr_ratio=1.0, wa
 
 
 def progress(label, steps, log_file=None, unit="steps", first=0):
-    """An on_step that prints "label step/steps, loss, speed, time left" every ten seconds and at the end, and appends a
-    hundred lines of JSON or more to `log_file`. Losses are means over the latest steps, the speed is that since the
-    start. first: the step at which the run starts."""
+    """An on_step that prints "label step/steps, loss, speed, time left" every ten seconds and at the end, and appends
+    lines of JSON, a hundred or more if there are as many steps, to `log_file`. Their numbers are means over the latest
+    steps, but the speed is that since the start. first: the step at which the run starts."""
     start = time.perf_counter()
     printed = start
     recent = []                                  # the metrics since the last printed line
@@ -2218,7 +2219,7 @@ def progress(label, steps, log_file=None, unit="steps", first=0):
 # Chapter 10. Files and pictures
 #
 # Every result is written under another name and then renamed, so that there is a whole file or none, whenever the
-# program is stopped (only log.jsonl and latents.npy grow). Files are loaded as data, never as code.
+# program is stopped (but log.jsonl and latents.npy are written piece by piece). Files are loaded as data, never code.
 # ---------------------------------------------------------------------------------------------------------------------
 
 class UserError(Exception):
@@ -2566,7 +2567,7 @@ def print_table(header, rows):
 
 RESULTS = {"teacher": "teacher.pt", "learn": "layers.json", "recover": "student.pt", "measure": "results.json"}
 # The flags that a run's settings consist of. All others only cost time or memory, or say how to measure.
-RECIPE = ("model", "ckpt", "data", "image_size", "seed", "batch_size", "teacher_steps", "teacher_lr", "learn_steps",
+RECIPE = ("model", "ckpt", "data", "seed", "batch_size", "teacher_steps", "teacher_lr", "learn_steps",
           "learn_lr", "logits_lr", "groups", "criterion", "update", "recover_steps", "recover_lr", "kd")
 RATES = {"teacher_lr": "teacher", "learn_lr": "learn", "logits_lr": "learn", "recover_lr": "recover"}
 CONDITIONS = ("samples", "sample_steps", "guidance", "inception", "ref", "vae")      # of measured figures
@@ -2672,7 +2673,8 @@ class Run:
         path = self.out / "settings.json"
         settings = {name: getattr(self.args, name) for name in RECIPE}
         settings["data"] = self.data.describe()
-        settings["image_size"] = self.data.shape[1]
+        if not self.data.latent:
+            settings["image_size"] = self.data.shape[1]
         settings["ckpt"] = self.args.teacher and f"weights {checksum(self.args.teacher)}"
         if path.exists():
             saved = read_json(path, *RATES)
@@ -3127,7 +3129,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
     def parse_args(self, argv=None):
-        """The flags as a namespace. Raises UserError for numbers that are not positive (those named below may be 0)."""
+        """The flags as a namespace. Raises UserError for numbers that are not positive (some, as --seed, may be 0)."""
         args = super().parse_args(argv)
         for name, value in vars(args).items():
             above = "from" if name in ("seed", "guidance", "eta", "temperature") else "above"
@@ -3264,7 +3266,7 @@ def guarded(prog, body):
     except (UserError, ValueError, OSError) as error:        # a ValueError too says what is wrong with input
         words = " ".join(str(error).split())
     except KeyboardInterrupt:
-        print(f"\n{prog}: stopped; no file is broken; tinyfusion.py goes on with the same command", file=sys.stderr)
+        print(f"\n{prog}: stopped; all files are whole; a run of stages goes on with the same command", file=sys.stderr)
         return 130
     print(f"{prog}: {words}", file=sys.stderr)
     return 2
