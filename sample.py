@@ -3,12 +3,12 @@
     python sample.py --ckpt runs/toy/student.pt                          ten images of every class, as sample.png
     python sample.py --ckpt runs/toy/student.pt --labels 3,1,4 --num-images 30 --seed 7 --out pi.png
     python sample.py --ckpt runs/toy/student.pt --num-images 5000 --npz a.npz         an ADM batch, for any FID program
-    python sample.py --ckpt TinyDiT-D14.pt --vae stabilityai/sd-vae-ft-ema --labels 207,360,387
 """
 
 import inspect
 import math
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +82,7 @@ def run(args):
     if target.is_dir() or target.suffix != (".npz" if args.npz else ".png"):
         raise UserError(f"{target}: expected the name of a .png file for --out, of a .npz file for --npz")
     target.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=target.parent).close()        # a folder that cannot be written is named before the work
     model, checkpoint = load_checkpoint(args.ckpt, device, args.model)
     if args.compile:
         compile_blocks(model)

@@ -1897,8 +1897,9 @@ class CommandLine(Quick):
         self.assert_picture(self.folder / "grid.png")
         for wrong, reason in (("--labels 3,10", "from 0 to 9"), ("--labels ²", "from 0 to 9"), ("--out .", "a .png"),
                               ("--out x.jpg", "a .png"), ("--npz x", "a .npz"), ("--npz x.npz --out y", "not allowed"),
-                              ("--solver euler", "no --solver"), ("--steps 1", "1 sampling steps"),
-                              ("--eta 1.5", "expected 0 (DDIM)"), ("--model MAR-B", "MAR-B"), ("--x", "--x")):
+                              ("--out /proc/x.png", "/proc/tmp"), ("--solver euler", "no --solver"),
+                              ("--steps 1", "1 sampling steps"), ("--eta 1.5", "expected 0 (DDIM)"),
+                              ("--model MAR-B", "MAR-B"), ("--x", "--x")):
             self.refused(reason, *words, wrong, main=sample.main)
 
     def test_other_criteria_and_named_blocks_take_the_place_of_learning_and_stages_can_be_run_one_by_one(self):
