@@ -5,8 +5,8 @@ times. With half the blocks it runs about twice as fast. But which half? DiT-XL 
 choices, and the obvious test, "drop what hurts least now", picks badly: the model is fine-tuned after pruning, so what
 counts is how well a choice *recovers*, and the loss right after pruning says little about that (Table 3 of the paper).
 
-The method.  With weights Phi, search for the mask m together with a stand-in dPhi for the fine-tuning to come, one that
-all masks share:
+The method.  With weights Phi and the training loss, a mean E_x over images x, search for the mask m together with a
+stand-in dPhi for the fine-tuning to come, one that all masks share:
 
         min over m and dPhi of   E_x [ loss(x; Phi + dPhi, m) ]       m in {0,1}^L, with the wanted number of ones
 
@@ -20,7 +20,7 @@ all masks share:
       |                            and a LoRA update of the weights        weights                   |
       +----------------------- masked knowledge distillation (Chapter 5) ----------------------------+
 
- 1. Each group of M blocks has a categorical distribution over its (M choose N) ways to keep N. Draws are made
+ 1. Each group of M blocks has a categorical distribution over its (M choose N) ways to keep N ("N:M"). Draws are made
     differentiable by the straight-through Gumbel-Softmax, so a plain optimiser learns the odds.
  2. While the odds are learned, a small low-rank update of the weights (LoRA), shared by all masks, trains along. So a
     mask is judged as if fine-tuning had already begun.
@@ -184,7 +184,8 @@ class Mlp(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """A residual block with adaLN-Zero conditioning: x (B, T, D) and c (B, D) to (B, T, D)."""
+    """A residual block with adaLN-Zero conditioning: x (B, T, D), and c (B, D), the timestep's vector plus the class's,
+    to (B, T, D)."""
 
     def __init__(self, hidden_size, num_heads, mlp_ratio=4.0):
         super().__init__()
@@ -301,7 +302,7 @@ class DiT(nn.Module):
         return x if hidden is None else (x, features)
 
     def forward_with_cfg(self, x, t, y, cfg_scale, cfg_channels=3):
-        """Classifier-free guidance (arXiv:2207.12598): exaggerate what the class changes in the prediction.
+        """Classifier-free guidance (arXiv:2207.12598): exaggerate, by cfg_scale, what the class changes.
 
         x (B, C, H, W), t (1,) or (B,), y (B,); returns (B, out_channels, H, W). Guidance acts on the first
         `cfg_channels` channels, 3 in the official code, with which DiT's published numbers were made; None: on all of
@@ -420,9 +421,9 @@ class GaussianDiffusion(Objective):
 
     def p_mean_variance(self, model_output, x_t, t, clip_denoised=False):
         """The step to x_{t-1} that the model's output (B, C or 2C, H, W) at x_t (B, C, H, W) implies: a dict of `mean`,
-        `variance`, `log_variance` and `pred_xstart`, each (B, C, H, W). The prediction of the noise is detached: a loss
-        of these trains the variance alone. clip_denoised keeps the predicted image in [-1, 1], right for pixels and
-        wrong for latents."""
+        `variance`, `log_variance` and `pred_xstart`, each (B, C, H, W). The prediction of the noise is detached, so a
+        loss on these trains the variance alone. clip_denoised keeps the predicted image in [-1, 1], right for pixels
+        and wrong for latents."""
         C = x_t.shape[1]
         eps, v = model_output[:, :C].detach(), model_output[:, C:]
         if v.shape[1] == C:                      # v = -1 is the posterior variance, v = 1 is beta
@@ -520,14 +521,14 @@ class GaussianDiffusion(Objective):
 # Chapter 3. The layer sampler
 #
 # A mask m decides for every block whether it is used. Written as a blend, x <- m * block(x) + (1 - m) * x, the loss has
-# a gradient for m, though m is only ever 0 or 1. Searching all 40 million masks of DiT-XL is hopeless. So the blocks
-# are cut into K local groups of M consecutive ones, and each group keeps N of its own: p(m) = p(m_1) ... p(m_K), each a
-# categorical distribution over the (M choose N) candidates of its group. A draw is discrete and has no gradient. The
-# straight-through Gumbel-Softmax (arXiv:1611.01144) draws it as the arg max of logits + Gumbel noise, which has exactly
-# the probabilities of the logits' softmax, and lets the gradient pass as if the arg max had been a softmax of
-# temperature tau. So one backward pass estimates for every candidate, drawn or not, whether the loss would rather have
-# it more often. For that it needs dL/dm of dropped blocks too, which is why they are run at all while a mask is
-# learned.
+# a gradient for m, dL/dm (this L is the loss), though m is only ever 0 or 1. Searching all 40 million masks of DiT-XL
+# is hopeless. So the blocks are cut into K local groups of M consecutive ones, and each group keeps N of its own:
+# p(m) = p(m_1) ... p(m_K), each a categorical distribution over the (M choose N) candidates of its group, with one
+# learned logit per candidate. A draw is discrete and has no gradient. The straight-through Gumbel-Softmax
+# (arXiv:1611.01144) draws it as the arg max of logits + Gumbel noise, which has exactly the probabilities of the
+# logits' softmax, and lets the gradient pass as if the arg max had been a softmax of temperature tau. So one backward
+# pass estimates for every candidate, drawn or not, whether the loss would rather have it more often. For that it needs
+# dL/dm of dropped blocks too, which is why they are run at all while a mask is learned.
 # ---------------------------------------------------------------------------------------------------------------------
 
 def masked_forward(blocks, x, *args, mask=None, hidden=()):
@@ -539,8 +540,8 @@ def masked_forward(blocks, x, *args, mask=None, hidden=()):
     example. The exact skip (`masked_block`) has the same values and gradients and does less: where m = 0, nothing flows
     back through the block, and its output is needed only as a number, for dL/dm. So a dropped block runs forward
     without a graph, and not at all backward. Where the mask needs no gradient, it does not run at all.
-    But each block is called twice, for the kept and for the dropped examples. So the skip is faster than the formula on
-    a CPU, but on a GPU only with large batches (DiT-XL/2 on one H100: 1.2 times as fast with 128 images, 0.7 times
+    But each block is called twice, for the kept and for the dropped examples. It is still faster than the formula on a
+    CPU, but on a GPU only with large batches (DiT-XL/2 on one H100: 1.2 times as fast with 128 images, 0.7 times
     with 32, in two thirds of the memory or less).
 
     blocks: any sequence of modules that map (B, ...) to (B, ...), each example by itself; args: further arguments of
@@ -758,7 +759,7 @@ def make_sampler(groups):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def is_linear(module):
-    """nn.Linear, or Conv1D of transformers, a linear layer with weight (in, out) and its out as the attribute `nf`."""
+    """Whether it is nn.Linear or transformers' Conv1D, a linear layer with weight (in, out) and `nf`, its out."""
     weight = getattr(module, "weight", None)
     conv1d = hasattr(module, "nf") and torch.is_tensor(weight) and weight.dim() == 2 and weight.shape[1] == module.nf
     return isinstance(module, nn.Linear) or conv1d
@@ -824,10 +825,10 @@ def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=
     the masked model's loss, a scalar. `set_mask` (Chapter 6) masks a model whose forward pass takes none. `update` is
     "lora", "full" (all weights train) or "frozen" (none do): the rows of the paper's Table 4. rank and alpha are those
     of `add_lora`, scale that of `LayerSampler`; tau falls linearly from tau[0] to tau[1]: from a quiet gradient to a
-    truer one. Works on a copy; prepare(copy) is called first, for example to compile its blocks. on_step and loop are
-    those of `train`. The defaults are the paper's for DiT-XL, but no weights are averaged. Returns the sampler and its
-    history, a list of (step, keep_probability). Raises ValueError for an unknown update, a model with no trainable
-    weights, or a loss without the mask. Source: the paper's joint optimisation of mask and update."""
+    truer one. Works on a copy; prepare(copy) is called first, for example to compile its blocks. on_step and loop, more
+    arguments, are those of `train`. The defaults are the paper's for DiT-XL, but no weights are averaged. Returns the
+    sampler and its history, a list of (step, keep_probability). Raises ValueError for an unknown update, a model with
+    no trainable weights, or a loss without the mask. Source: the paper's joint optimisation of mask and update."""
     if update not in ("lora", "full", "frozen"):
         raise ValueError(f"update {update!r}: expected lora, full or frozen")
     model = copy.deepcopy(model).train()
@@ -896,8 +897,8 @@ def check_kept(kept, depth):
 def prune(model, kept, lists=None):
     """A shallower copy of `model`: only the blocks numbered in `kept`, everything else the same, weights untouched.
 
-    lists as in `blocks_of`. The blocks left in a list are numbered anew, and so is an attribute `layer_idx` inside a
-    block, the place of transformers' blocks in a cache, where it was the block's place in its list. What else depends
+    lists as in `blocks_of`. The blocks left in a list are numbered anew, and so is a block's `layer_idx` (its place in
+    a cache of transformers) if it was the block's place in its list. What else depends
     on the depth is yours to adapt: a configuration (config.num_layers), attention that is scaled by layer_idx, parts
     that read a certain block, as the head of diffusers' DiT reads block 0's embedding. Raises ValueError as
     `check_kept` does, and for a model under a mask. Source: the paper; dPhi is not in the result."""
@@ -928,7 +929,7 @@ def prune(model, kept, lists=None):
 # and the student imitates the teacher's output and its hidden states. The latter needs care. A few numbers in a
 # diffusion transformer's hidden states are enormous ("massive activations", arXiv:2402.17762); they dominate a squared
 # error, and training on them diverges (the paper's Table 5). So entries more than k = 2 standard deviations from the
-# mean, in either model, are left out; some ordinary ones go with them:
+# mean, in either model, are left out, and with them some ordinary ones:
 #
 #        loss = 0.9 * KD + 0.1 * denoising + beta * features,      beta falling linearly to 0
 #
@@ -959,12 +960,13 @@ def masked_feature_loss(student, teacher, k=2.0):
 
 
 def match_blocks(groups, kept, cuts=()):
-    """Pairs (student block, teacher block) for feature KD: the last kept block of every group, as numbered in the
-    student, with the group's last block, whose output it must stand in for. For 1:2 that is (i, 2i + 1). Without
-    groups, for a bare (N, L), every kept block stands in for all blocks up to the next kept one.
+    """Pairs (student block, teacher block) for feature KD: each group's last kept block, as numbered in the student,
+    and the group's last block, whose output the first must stand in for. For 1:2 that is (i, 2i + 1). Without groups,
+    for a bare (N, L), every kept block stands in for all blocks up to the next kept one.
 
-    A group that keeps no block has no pair. cuts: indices of blocks where the token sequence changes, such as a MAR's
-    first decoder block; a pair never crosses one. Source: the paper's pairs of 1:2, carried over to any groups."""
+    A group of which a criterion (Chapter 12) keeps no block has no pair. cuts: indices of blocks where the token
+    sequence changes, such as a MAR's first decoder block; a pair never crosses one. Source: the paper's pairs of 1:2,
+    carried over to any groups."""
     if isinstance(groups, list):
         ends = list(itertools.accumulate(m for _, m in groups))
     else:
@@ -1065,8 +1067,8 @@ def recover(student, teacher, diffusion, batches, pairs, steps, *, kd="masked", 
 #     image 0     -1    9   -1  640  233    \  second copy      both copies know the same ones,
 #     image 1    128   -1   -1  990  501    /                   with other times for the rest
 #
-# Blocks of encoder and decoder share one numbering, and are learned and pruned together. The head stays. More letters
-# for shapes: F numbers in a token, n noisy tokens in all.
+# Blocks of encoder and decoder share one numbering, and are learned and pruned together. The head stays. (A mask token
+# is a learned placeholder, no mask of blocks.) More letters for shapes: F numbers in a token, n noisy tokens in all.
 # ---------------------------------------------------------------------------------------------------------------------
 
 def set_mask(model, mask, lists=None, streams=()):
@@ -1344,8 +1346,8 @@ class MaskedAutoregression(Objective):
         self.repeats = repeats
 
     def sample_t(self, batch_size, device=None):
-        """Training times (R * B, T) of random tokens, the others being known. Their share is drawn from a normal
-        distribution of mean 1 and standard deviation 0.25, cut to [0.7, 1]; it is the same in all examples,
+        """Training times (R * B, T) of random tokens; the rest are known. The share of noised tokens is drawn from a
+        normal distribution of mean 1 and standard deviation 0.25, cut to [0.7, 1]; it is the same in all examples,
         whose known tokens then make one tensor (B, known, D)."""
         share = nn.init.trunc_normal_(torch.empty(()), 1.0, 0.25, 0.7, 1.0).item()
         missing = math.ceil(self.num_tokens * share)
@@ -1485,8 +1487,8 @@ def objective_of(name, model):
 # The Frechet distance compares two sets of images through the mean and covariance of their features under some
 # network: |mu1 - mu2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)). FID takes the features of an Inception network trained on
 # ImageNet. For toy data we train a small classifier on the spot, take its features, and call the result *toy-FID*. It
-# ranks models of one data set. A classifier with other starting weights ranks them almost alike, by other numbers. None
-# of these can be compared with a published FID. Precision is the share of drawn images that look real, recall the share
+# ranks models of one data set. A classifier with other starting weights gives other numbers, almost in the same order.
+# None can be compared with a published FID. Precision is the share of drawn images that look real, recall the share
 # of real ones that could have been drawn, and the inception score says whether images are clear and of all classes.
 #
 # What is known of a set of N images with F features each is a dict of arrays, its statistics: `mu` (F,), `sigma` (F, F)
@@ -1517,8 +1519,9 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 def inception_score(probabilities, split=5000):
     """exp of the mean KL(p(class | image) || p(class)), from class probabilities (N, classes): 1 where all images look
-    alike, at most the number of classes. The mean over splits of 5,000 images, as ADM computes it; they are shuffled
-    first, because images sorted by class would fill each split with few classes. Source: arXiv:1606.03498."""
+    alike, at most the number of classes. The mean over splits of 5,000 images, as ADM (openai/guided-diffusion) has it;
+    they are shuffled first, because images sorted by class would fill each split with few classes. Source:
+    arXiv:1606.03498."""
     p = torch.as_tensor(probabilities, dtype=torch.float64)
     p = p[torch.randperm(len(p), generator=torch.Generator().manual_seed(0))]
     scores = []
@@ -1989,7 +1992,7 @@ def encode_images(folder, size, vae, out, settings, batch_size=16):
 #
 # One loop serves the teacher, the layers, the student and the judge: AdamW, gradient clipping, and an exponential
 # moving average (EMA) of the weights, from which images are drawn. A long run can be stopped, even killed, at any
-# moment: now and then all that the next step depends on is written to a file, and the run goes on from there. A step's
+# moment: now and then all else that the next step needs is written to a file, and the run goes on from there. A step's
 # random numbers are seeded from (seed, process, step), and its batch depends on its number, so neither is in the file.
 # On a CPU such a run ends bit for bit where one that was never stopped ends.
 #
