@@ -1569,27 +1569,29 @@ class Training(InFolder):
         """And two processes that are stopped and go on end bit for bit like two that never were, and draw as one."""
         steps, two, stopped = STEPS.format(4) + "--device cpu", self.folder / "two", self.folder / "stopped"
         (self.folder / "script.py").write_text(
-            f"import contextlib, itertools, sys, torch, pathlib, tinyfusion as tf, {Path(__file__).stem} as t\n"
-            "with tf.processes():\n"
+            f"import contextlib, functools, itertools, sys, torch, tinyfusion as tf, {Path(__file__).stem} as t\n"
+            "from pathlib import Path\n"
+            "run_stages, data_batches = tf.run_stages, tf.data_batches\n"
+            "def first(run):\n"               # within the group of the run of main, below
+            "    tf.processes, tf.run_stages = contextlib.nullcontext, run_stages\n"
             "    found = [t.fixed_gradients(1), t.fixed_gradients(2)]\n"
             "    tf.write_file(sys.argv[1], lambda file: torch.save(found, file))\n"
-            "    tf.processes = contextlib.nullcontext\n"
-            "    words = [t.TINY, pathlib.Path(sys.argv[2]), '--stages teacher,learn,recover', sys.argv[3]]\n"
-            "    assert 'cannot be cut into 2 parts' in t.call(*words, '--batch-size 7')[2]\n"
-            "    real = tf.data_batches\n"
-            "    tf.data_batches = lambda *args: itertools.islice(real(*args), 2)\n"
+            "    stopped = [t.TINY, Path(sys.argv[2]), '--stages teacher,learn,recover', sys.argv[4]]\n"
+            "    assert 'cannot be cut into 2 parts' in t.call(*stopped, '--batch-size 7')[2]\n"
+            "    tf.data_batches = lambda *args: itertools.islice(data_batches(*args), 2)\n"
             "    with contextlib.suppress(StopIteration):\n"
-            "        t.call(*words)\n"
-            "    tf.data_batches = real\n"
-            "    status, said, _ = t.call(*words)\n"
+            "        t.call(*stopped)\n"
+            "    tf.data_batches = data_batches\n"
+            "    status, said, _ = t.call(*stopped)\n"
             "    assert status == 0 and said.count('from step 1') == 1, (status, said)\n"
-            "threads = [path.read_text() for path in pathlib.Path('/proc/self/task').glob('*/comm')]\n"
-            "assert 'gloo' not in str(threads), 'threads of the group, left over, can crash the end of a process'\n")
-        (self.folder / "program.py").write_text(
-            "import functools, sys, tinyfusion as tf\n"
+            "    run_stages(run)\n"
+            "tf.run_stages = first\n"
             "tf.train_judge = functools.partial(tf.train_judge, steps=20)\n"
-            "sys.exit(tf.main())\n")
-        torchrun(self.folder / "script.py", self.folder / "gradients", stopped, steps)
+            "assert tf.main(t.split(t.TINY, Path(sys.argv[3]), sys.argv[4])) == 0\n"
+            "threads = [path.read_text() for path in Path('/proc/self/task').glob('*/comm')]\n"
+            "assert 'gloo' not in str(threads), 'threads of the group, left over, can crash the end of a process'\n")
+        said = torchrun(self.folder / "script.py", self.folder / "gradients", stopped, two, steps)
+        self.assertEqual(said.count("kept blocks"), 1, "one process speaks")
         whole, ((*weights,),) = fixed_gradients()
         cases = [fixed_gradients(2), *load(self.folder / "gradients")]
         self.assertEqual([len(trained) for _, trained in cases], [1, 2, 2])
@@ -1599,8 +1601,6 @@ class Training(InFolder):
             for process in trained:
                 torch.testing.assert_close(process, trained[0], rtol=0, atol=0)
                 torch.testing.assert_close(process, weights, rtol=1e-3, atol=1e-3)
-        said = torchrun(self.folder / "program.py", *TINY.split(), two, *steps.split())
-        self.assertEqual(said.count("kept blocks"), 1, "one process speaks")
         for name in ("teacher.pt", "student.pt"):
             self.assert_same(load(two / name)["ema"], load(stopped / name)["ema"])
         by_two = tf.read_json(two / "results.json")
@@ -1614,7 +1614,7 @@ class Training(InFolder):
 
     def test_a_run_killed_again_and_again_ends_bit_for_bit_like_one_never_stopped(self):
         """And Ctrl-C and SIGTERM end it in one line."""
-        words = STEPS.format(25) + "--stages teacher,learn,recover"
+        words = STEPS.format(15) + "--stages teacher,learn,recover"
         whole, killed = self.folder / "whole", self.folder / "killed"
         self.assertEqual(call(TINY, whole, words)[0], 0)
         often = ("import signal, sys, tinyfusion as tf; tf.SAVE_EVERY = 2; "
