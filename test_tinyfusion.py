@@ -1854,6 +1854,21 @@ class Laboratory(Quick):
         self.refused("--learn-steps 2 (now 3)", TINY, self.folder / "all", *words, "all --learn-steps 3")
         with mock.patch.object(tf, "recover", side_effect=tf.UserError("disk full")):
             self.refused("disk full", TINY, self.folder / "full", *words, "criteria", lines=None)
+        def made_up(run):
+            teacher = run.load(run.teacher_path).x_embedder.proj.weight[0, 0, 0, 0].abs().item()
+            return [0, 3], teacher, 1.0, run.args.seed + 1
+        words = "--compare criteria --teacher-steps 2"
+        with mock.patch.object(tf, "outcome", made_up):
+            self.story(self.folder / "several", words, "--teachers 2")
+        self.story(self.folder / "one", "--seed 1 --stages teacher --teacher-steps 2")
+        teachers = [load(path)["ema"] for path in (self.folder / "several/teacher.pt", self.folder / "one/teacher.pt",
+                                                   self.folder / "several/teacher-1/teacher.pt")]
+        self.assert_same(*teachers[1:])
+        first, second = (weights["x_embedder.proj.weight"][0, 0, 0, 0].abs().item() for weights in teachers[:2])
+        self.assertNotEqual(first, second)
+        row = tf.read_json(self.folder / "several" / "compare.json")["learned"]
+        self.assertEqual((row["loss_after_pruning"], row["fid"]), ([first, first, second, second], [1, 2, 1, 2]))
+        self.refused("does not use --teachers", TINY, self.folder / "y", "--teachers 2")
         hot = [self.folder / "x", "--compare all --teacher-lr 1e8"]
         self.refused("a lower --teacher-lr goes on", TINY, *hot, lines=None)
 

@@ -3054,20 +3054,20 @@ def outcome(run):
     return run.kept(), pruned, row["loss"], row["fid"]
 
 
-def compare(run, every_mask=False, seeds=(0, 1, 2)):
-    """The paper's Table 3 in miniature: what learning chooses, in groups and without, and what the criteria
-    choose, recovered with every seed. Each is a run of its own in a sub-folder, with the teacher of `run` (a Run,
-    Chapter 11), so a comparison that was stopped goes on. With `every_mask`, all choices that the groups allow are
-    recovered too, and the better ones are counted. Writes compare.json, with the figures of every seed, and
-    recoverability.png."""
-    masks = [",".join(map(str, kept)) for kept in every_choice(run.groups)] if every_mask else []
+def compare(runs, every_mask=False, seeds=(0, 1, 2)):
+    """The paper's Table 3 in miniature: what learning chooses, in groups and without, and what the criteria choose,
+    recovered with every seed. runs: Runs (Chapter 11), mostly one, each with a teacher of its own; means and spreads
+    are over teachers and seeds. Each recovery is a run of its own in a sub-folder, so a comparison that was stopped
+    goes on. With `every_mask`, all choices that the groups allow are recovered too, and the better ones are counted.
+    Writes compare.json, with the figures of every seed, and recoverability.png, for the first of the runs."""
+    masks = [",".join(map(str, kept)) for kept in every_choice(runs[0].groups)] if every_mask else []
     choices = ["learned", "no-groups", *CRITERIA, *masks]
     report = progress("compare", len(choices), unit="choices")
     found = {}                                   # {criterion: [kept, loss after pruning, after recovery, toy-FID]}
     for number, name in enumerate(choices):
         try:
             with contextlib.redirect_stdout(None):           # the stages are not to print
-                found[name] = list(zip(*[outcome(run.branch(name, seed)) for seed in seeds]))
+                found[name] = list(zip(*[outcome(run.branch(name, seed)) for run in runs for seed in seeds]))
         except ValueError as error:              # the oracle keeps one block of every pair; a recovery diverged
             print(f"{name} is left out: {error}")
         report(number, {})
@@ -3085,15 +3085,16 @@ def compare(run, every_mask=False, seeds=(0, 1, 2)):
             rows.append([name, " ".join(map(str, kept[0])), spread(pruned, 3), spread(recovered, 4), spread(fid, 1),
                          spread(lead, 1) if len(lead) else "-", f"{better} of {len(masks)}" if masks else "-"])
     columns = ("kept", "loss_after_pruning", "loss_after_recovery", "fid")
-    write_json(run.out / "compare.json", {name: dict(zip(columns, values)) for name, values in found.items()})
-    print_table(["method", f"kept blocks (seed {seeds[0]})", "loss after pruning", "loss after recovery",
+    out = runs[0].out
+    write_json(out / "compare.json", {name: dict(zip(columns, values)) for name, values in found.items()})
+    print_table(["method", "kept blocks (first seed)", "loss after pruning", "loss after recovery",
                  "toy-FID after recovery", "no-groups minus it", "better masks"], rows)
     if masks:
         losses = [np.mean(found[mask][1]) for mask in masks]
         correlation = scipy.stats.spearmanr(losses, [fids[mask] for mask in masks]).statistic
         print(f"\nSpearman's correlation of loss after pruning and toy-FID over {len(masks)} masks: {correlation:.2f}")
     if dots:
-        draw_recoverability(run.out / "recoverability.png", dots)
+        draw_recoverability(out / "recoverability.png", dots)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3187,6 +3188,7 @@ def make_parser(preset):
     add("--compile", action="store_true", help="torch.compile the blocks: a slow start, faster steps")
     add = parser.add_argument_group("instead of a run").add_argument
     add("--compare", choices=("criteria", "all"), help="compare learning with the criteria, or with all masks too")
+    add("--teachers", type=int, default=1, metavar="N", help="compare with N teachers, of N seeds (%(default)s)")
     add("--encode", metavar="DIR", help="encode a folder of images with --vae into latents in --out")
     add("--fid", metavar="PATH", help="only compare these images (a folder or .npz) with --ref")
     parser.set_defaults(**preset)
@@ -3201,7 +3203,8 @@ def refuse_unread(args, argv):
             (args.encode, "--encode", every - {"--encode", "--vae", "--image-size", "--out", "--device"}),
             (args.fid, "--fid", every - {"--fid", "--ref", "--inception", "--device"}),
             (args.compare, "--compare", {"--stages", "--criterion"}),
-            (args.ckpt, "--ckpt", {"--teacher-steps", "--teacher-lr"}),
+            (not args.compare, "a run without --compare", {"--teachers"}),
+            (args.ckpt, "--ckpt", {"--teacher-steps", "--teacher-lr", "--teachers"}),
             (args.criterion != "learned", "--criterion", {"--learn-steps", "--learn-lr", "--logits-lr", "--update"}),
             (args.update == "frozen", "--update frozen", {"--learn-lr"}),
             ("measure" not in args.stages, "--stages without measure", {"--samples", "--inception", "--ref", "--vae"}),
@@ -3285,9 +3288,12 @@ def run(args):
         elif args.fid:
             run_fid(args)
         elif args.compare:
-            whole = Run(args)
-            run_stage(whole, "teacher")
-            compare(whole, every_mask=args.compare == "all")
+            runs = []
+            for number in range(args.teachers):
+                out = Path(args.out) / f"teacher-{number}" if number else args.out
+                runs.append(Run(argparse.Namespace(**vars(args) | {"seed": args.seed + number, "out": out})))
+                run_stage(runs[-1], "teacher")
+            compare(runs, every_mask=args.compare == "all")
         else:
             run_stages(Run(args))
 
