@@ -139,18 +139,6 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels)      # (B, D), or (B,) without a table
 
 
-class PatchEmbed(nn.Module):
-    """Images (B, C, H, W) to tokens (B, T, D), T = (H / P) * (W / P), row by row."""
-
-    def __init__(self, patch_size, in_channels, hidden_size):
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, x):
-        # contiguous() copies the transposed tokens once; without it every norm would copy them.
-        return self.proj(x).flatten(2).transpose(1, 2).contiguous()
-
-
 class Attention(nn.Module):
     """Multi-head self-attention over tokens (B, T, D). Dropout is MAR's."""
 
@@ -247,9 +235,6 @@ class DiT(nn.Module):
     second half of channels for the variance. Raises ValueError where sizes do not divide.
     Source: facebookresearch/DiT, models.py (names, initialisation and numerics; the text is ours).
     """
-    block_lists = ("blocks",)      # the lists that `prune` shortens
-    cuts = ()                      # indices of blocks where the token sequence changes: none here, one in a MAR
-
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
                  mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000, learn_sigma=True):
         super().__init__()
@@ -264,7 +249,8 @@ class DiT(nn.Module):
         vars(self).update(self.sizes)            # also attributes: model.input_size and so on
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
 
-        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.x_embedder = nn.ModuleDict({                                    # a linear layer on every patch
+            "proj": nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)})
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         self.pos_embed = nn.Parameter(sincos_pos_embed(hidden_size, input_size // patch_size)[None],
@@ -273,7 +259,7 @@ class DiT(nn.Module):
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         normal = [self.y_embedder.embedding_table.weight, self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight]
         initialize(self, normal)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))      # the patch embedding is a linear layer too
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)
 
     def config(self):
@@ -295,7 +281,8 @@ class DiT(nn.Module):
         Returns (B, out_channels, H, W): noise first, then variance. If `hidden`, a collection of block numbers, is not
         None, returns two things: that output, and the list of those blocks' outputs (B, T, D), in depth order.
         """
-        x = self.x_embedder(x) + self.pos_embed                              # (B, T, D)
+        tokens = self.x_embedder.proj(x).flatten(2).transpose(1, 2)          # (B, T, D), row by row
+        x = tokens.contiguous() + self.pos_embed                             # copied once here, or else by every norm
         c = self.t_embedder(t) + self.y_embedder(y)                          # (B, D)
         x, features = masked_forward(self.blocks, x, c, mask=mask, hidden=hidden or ())
         x = self.unpatchify(self.final_layer(x, c))                          # (B, out_channels, H, W)
@@ -421,7 +408,7 @@ class GaussianDiffusion(Objective):
 
     def p_mean_variance(self, model_output, x_t, t, clip_denoised=False):
         """The step to x_{t-1} that the model's output (B, C or 2C, H, W) at x_t (B, C, H, W) implies: a dict of `mean`,
-        `variance`, `log_variance` and `pred_xstart`, each (B, C, H, W). The prediction of the noise is detached, so a
+        `log_variance` and `pred_xstart`, each (B, C, H, W). The prediction of the noise is detached, so a
         loss on these trains the variance alone. clip_denoised keeps the predicted image in [-1, 1], right for pixels
         and wrong for latents."""
         C = x_t.shape[1]
@@ -434,8 +421,7 @@ class GaussianDiffusion(Objective):
         x0 = self._at("sqrt_recip_abar", t, x_t) * x_t - self._at("sqrt_recip_abar_minus_1", t, x_t) * eps
         if clip_denoised:
             x0 = x0.clamp(-1, 1)
-        return {"mean": self._posterior_mean(x0, x_t, t), "log_variance": log_variance,
-                "variance": log_variance.exp(), "pred_xstart": x0}
+        return {"mean": self._posterior_mean(x0, x_t, t), "log_variance": log_variance, "pred_xstart": x0}
 
     def losses(self, model_output, x0, x_t, t, noise):
         """A dict of `mse`, `vb` and `loss` = mse + vb, each (B,). mse is the error of the noise. vb is the variational
@@ -449,7 +435,7 @@ class GaussianDiffusion(Objective):
         kl = normal_kl(self._posterior_mean(x0, x_t, t), self._at("log_small", t, x0),
                        step["mean"], step["log_variance"])
         nll = -discretized_gaussian_log_likelihood(x0, step["mean"], step["log_variance"])   # for t = 0
-        vb = mean_flat(torch.where(t.view(-1, *[1] * (x0.dim() - 1)) == 0, nll, kl)) / math.log(2)
+        vb = torch.where(t == 0, mean_flat(nll), mean_flat(kl)) / math.log(2)
         return {"mse": mse, "vb": vb, "loss": mse + vb}
 
     def distillation_losses(self, student_output, teacher_output, x_t, t):
@@ -731,7 +717,7 @@ class TopNSampler(nn.Module):
 
     def confidence(self, scale=100.0):
         """The probability (n,) of each of the blocks in `kept` to be kept: near 1 when the decision is made."""
-        return self.keep_probability(scale)[self.logits.topk(self.n).indices.sort().values]
+        return self.keep_probability(scale)[self.kept()]
 
     def kept(self):
         """The blocks to keep, ascending: those of the n largest logits."""
@@ -912,13 +898,13 @@ def prune(model, kept, lists=None):
     for blocks in blocks_of(pruned, lists):
         places = [i - first for i in kept if 0 <= i - first < len(blocks)]   # the old places of this list's blocks
         first += len(blocks)
+        for new, old in enumerate(places):
+            for module in blocks[old].modules():
+                if getattr(module, "layer_idx", None) == old:
+                    module.layer_idx = new
         for place in reversed(range(len(blocks))):
             if place not in places:
                 del blocks[place]                # the list numbers the others anew
-        for place, (old, block) in enumerate(zip(places, blocks)):
-            for module in block.modules():
-                if getattr(module, "layer_idx", None) == old:
-                    module.layer_idx = place
     return pruned
 
 
@@ -964,21 +950,18 @@ def match_blocks(groups, kept, cuts=()):
     and the group's last block, whose output the first must stand in for. For 1:2 that is (i, 2i + 1). Without groups,
     for a bare (N, L), every kept block stands in for all blocks up to the next kept one.
 
-    A group of which a criterion (Chapter 12) keeps no block has no pair. cuts: indices of blocks where the token
-    sequence changes, such as a MAR's first decoder block; a pair never crosses one. Source: the paper's pairs of 1:2,
-    carried over to any groups."""
+    A group of which a criterion (Chapter 12) keeps no block has no pair. cuts: where the token sequence changes, the
+    numbers of the first blocks after it, such as a MAR's first decoder block; a cut ends a group too. Source: the
+    paper's pairs of 1:2, carried over to any groups."""
     if isinstance(groups, list):
-        ends = list(itertools.accumulate(m for _, m in groups))
+        ends = itertools.accumulate(m for _, m in groups)
     else:
         ends = [*kept[1:], groups[1]]
+    ends = sorted({*ends, *cuts})
     last = {}                                    # {the end of a group: its last kept block, numbered as in the student}
     for i, block in enumerate(kept):
         last[min(end for end in ends if end > block)] = i
-    pairs = []
-    for end, i in last.items():
-        later_cuts = [cut for cut in cuts if kept[i] < cut < end]
-        pairs.append((i, min(later_cuts + [end]) - 1))
-    return pairs
+    return [(i, end - 1) for end, i in last.items()]
 
 
 KD_MODES = ("masked", "feature", "logits", "none")
@@ -1289,11 +1272,6 @@ class MAR(nn.Module):
         """All blocks, the encoder's first."""
         return [*self.encoder_blocks, *self.decoder_blocks]
 
-    @property
-    def cuts(self):
-        """Where the token sequence changes: at the decoder's first block."""
-        return (len(self.encoder_blocks),)
-
     def config(self):
         """As `DiT.config`: MAR(**model.config()) is a twin."""
         return {**self.sizes, "encoder_depth": len(self.encoder_blocks), "decoder_depth": len(self.decoder_blocks)}
@@ -1408,7 +1386,7 @@ class MaskedAutoregression(Objective):
             left = after
             with autocast(y.device, dtype):
                 z, _ = model.condition(x.repeat(copies, 1, 1), known.repeat(copies, 1), labels)
-            z = z.gather(1, now.repeat(copies, 1).unsqueeze(2).expand(-1, -1, z.shape[2])).flatten(0, 1)
+            z = z.take_along_dim(now.repeat(copies, 1).unsqueeze(2), 1).flatten(0, 1)        # (copies * B * n, D)
 
             def predict(noisy, t):               # (B * n, F) to (B * n, 2F)
                 out = model.diffloss["net"](noisy.repeat(copies, 1), t, z).float().chunk(copies)
@@ -1597,8 +1575,7 @@ def load_inception(path, device):
             features = net(x, return_features=True)
             return features.float().cpu().numpy(), net(x, no_output_bias=True).float().cpu().numpy()
 
-    expected = "a TorchScript file that is called as NVIDIA's port is"
-    with reading(path, expected), warnings.catch_warnings(action="ignore"):
+    with reading(path, "a TorchScript file called as NVIDIA's port is"), warnings.catch_warnings(action="ignore"):
         net = torch.jit.load(path, map_location=device).eval()               # warns that TorchScript is deprecated
         look(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
     return look
@@ -1607,8 +1584,7 @@ def load_inception(path, device):
 def statistics(parts):
     """The statistics of images, from a list of what look(images) returned for each batch. For 50,000 images of 2048
     features np.cov needs 1.3 GB for a moment, measured."""
-    features = np.concatenate([features for features, _ in parts])
-    p = np.concatenate([p for _, p in parts])
+    features, p = map(np.concatenate, zip(*parts))
     sigma = np.atleast_2d(np.cov(features, rowvar=False))
     return {"mu": features.mean(0, dtype=np.float64), "sigma": sigma, "features": features, "p": p}
 
@@ -1668,17 +1644,6 @@ def compare_statistics(fake, real, device="cpu"):
     return row
 
 
-def measure_batch(model, labels, index, draw, look):
-    """Draw and look at the images number `index` (B,), each process its share: a dict of arrays."""
-    mine = index.tensor_split(world_size())[rank()]
-    start = time.perf_counter()
-    images = draw(model, labels[mine], mine.tolist())
-    seconds = (time.perf_counter() - start) / len(index)
-    parts = gather(look(images))
-    return {"features": np.concatenate([f for f, _ in parts]), "p": np.concatenate([p for _, p in parts]),
-            "seconds": np.array(seconds)}
-
-
 def measure(models, labels, draw, look, real, folder, batch_size=50):
     """Draw an image of each of `labels` (N,) with each of `models`, a dict of names and models, and compare them with
     the statistics `real` by what look(images) sees in them.
@@ -1692,11 +1657,15 @@ def measure(models, labels, draw, look, real, folder, batch_size=50):
     report = progress("measure", len(batches), unit="batches")
     found = {name: [] for name in models}
     for number, index in enumerate(batches):
+        mine = index.tensor_split(world_size())[rank()]      # each process draws its share
         for name, model in models.items():
             path = Path(folder) / f"{name}-{number}.npz"
             if not path.exists():
-                batch = measure_batch(model, labels, index, draw, look)
-                write_file(path, lambda file: np.savez(file, **batch))
+                begin = time.perf_counter()
+                images = draw(model, labels[mine], mine.tolist())
+                per_image = (time.perf_counter() - begin) / len(index)
+                features, p = map(np.concatenate, zip(*gather(look(images))))
+                write_file(path, lambda file: np.savez(file, features=features, p=p, seconds=per_image))
             found[name].append(load_arrays(path))
         report(number, {})
     seconds = {name: np.array([batch["seconds"] for batch in found[name]]) for name in models}      # per image
@@ -1808,7 +1777,7 @@ def read_image(path, size=None):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("L" if grey else "RGB")
         pixels = np.asarray(center_crop(image, size) if size else image)
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return np.atleast_3d(pixels).transpose(2, 0, 1)
 
 
 def files_in(folder):
@@ -1958,13 +1927,12 @@ def encode_images(folder, size, vae, out, settings, batch_size=16):
     counter = out / "latents.json"
     names = "\n".join(f"{path} {label}" for path, label in files).encode()
     settings = settings | {"files": f"{len(files)}, checksum {zlib.crc32(names):08x}"}
-    state = {"done": 0, "settings": settings}
-    if counter.exists():
-        state = read_json(counter, "done", "settings")
-        refuse_changes(counter, state["settings"], settings)
-    elif (out / "latents.npy").exists():
-        raise UserError(f"{out / 'latents.npy'} is there already; remove it or choose another --out")
-    write_json(counter, state)
+    if not counter.exists():
+        if (out / "latents.npy").exists():
+            raise UserError(f"{out / 'latents.npy'} is there already; remove it or choose another --out")
+        write_json(counter, {"done": 0, "settings": settings})
+    state = read_json(counter, "done", "settings")
+    refuse_changes(counter, state["settings"], settings)
     write_file(out / "labels.npy", lambda file: np.save(file, np.array([label for _, label in files])))
     latent = vae.encode(torch.zeros(1, 3, size, size, dtype=torch.uint8), 0)[0]
     latents = np.lib.format.open_memmap(out / "latents.npy", "r+" if state["done"] else "w+", np.float32,
@@ -2826,9 +2794,10 @@ def stage_recover(run, path):
     teacher = run.compiled(run.load(run.teacher_path))
     student = run.compiled(prune(teacher, kept))
     batches, loop = run.training("recover")
-    student = recover(student, teacher, run.diffusion, batches, match_blocks(run.groups, kept, teacher.cuts),
-                      kd=args.kd, beta=args.beta, lr=args.recover_lr, warmup=min(100, args.recover_steps // 10),
-                      ema_decay=args.ema_decay, **loop)
+    cuts = itertools.accumulate(map(len, blocks_of(teacher)))                # where encoder and decoder end
+    pairs = match_blocks(run.groups, kept, cuts)
+    student = recover(student, teacher, run.diffusion, batches, pairs, kd=args.kd, beta=args.beta, lr=args.recover_lr,
+                      warmup=min(100, args.recover_steps // 10), ema_decay=args.ema_decay, **loop)
     run.save(path, student, kept=kept)
 
 
