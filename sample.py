@@ -20,7 +20,7 @@ from tinyfusion import (PRESETS, VAE, Parser, UserError, compile_blocks, guarded
 
 def parse_args(argv=None):
     """The flags as a namespace."""
-    parser = Parser(prog="sample.py", description="Draw images from a checkpoint of tinyfusion.py.")
+    parser = Parser(prog="sample.py", allow_abbrev=False, description="Draw images from a checkpoint of tinyfusion.py.")
     add = parser.add_argument
     add("--ckpt", required=True, metavar="FILE", help="checkpoint, e.g. runs/toy/student.pt")
     add("--model", choices=PRESETS, metavar="NAME", help="only for official SiT files, such as SiT-XL/2")
@@ -91,7 +91,7 @@ def run(args):
     sampling = choose_sampling(args, checkpoint, diffusion)
     chosen = choose_labels(args.labels, model.num_classes)
     N = args.num_images or 10 * len(chosen)
-    labels = torch.tensor(chosen).repeat(math.ceil(N / len(chosen)))[:N]
+    labels = torch.tensor(np.resize(chosen, N))          # the labels in turn
     settings = ", ".join(f"{name} {value}" for name, value in sampling.items()) + f", seed {args.seed}"
     report = progress("images", N, unit="images")
     parts = []

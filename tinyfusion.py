@@ -2008,7 +2008,7 @@ def processes():
     # The first optimizer step would import this, and keep the group alive, whose threads can crash the exit.
     import torch._dynamo
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if rank() else sys.stdout):
+    with contextlib.redirect_stdout(None if rank() else sys.stdout):         # print says nothing where it is None
         yield
     dist.destroy_process_group()                 # after an error torchrun ends the others, which would not take part
 
@@ -2035,8 +2035,7 @@ def default_dtype(device):
 def autocast(device, dtype=None):
     """A context in which matrix products run in `dtype`, or else in `default_dtype`."""
     dtype = dtype or default_dtype(device)
-    lower = dtype != torch.float32
-    return torch.autocast(device.type, dtype if lower else None, enabled=lower)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def compile_blocks(model):
@@ -2058,20 +2057,16 @@ class TrainingState:
 
     def __init__(self, path):
         self.path = Path(path)
-        self.step = read_checkpoint(path, "step", "weights")["step"] if self.path.exists() else 0
+        self.step = read_checkpoint(path, "step", "trained")["step"] if self.path.exists() else 0
 
-    def save(self, step, weights, optimizer, ema, record):
-        content = {"step": step, "weights": [weight.data for weight in weights], "optimizer": optimizer.state_dict(),
-                   "ema": ema and ema.state_dict(), "record": record}
+    def save(self, step, parts, record):
+        content = {name: part.state_dict() for name, part in parts.items()} | {"step": step, "record": record}
         write_file(self.path, lambda file: torch.save(content, file))
 
-    def restore(self, weights, optimizer, ema, record):
+    def restore(self, parts, record):
         content = read_checkpoint(self.path)
-        for weight, saved in zip(weights, content["weights"], strict=True):
-            weight.data.copy_(saved)
-        optimizer.load_state_dict(content["optimizer"])
-        if ema:
-            ema.load_state_dict(content["ema"])
+        for name, part in parts.items():
+            part.load_state_dict(content[name])
         if record is not None:
             record[:] = content["record"]
 
@@ -2117,9 +2112,10 @@ def train(model, loss_fn, steps, *, params=None, lr=1e-4, final_lr_ratio=1.0, wa
         for weight in weights:                   # all processes start with the weights of the first
             dist.broadcast(weight.data, 0)
     ema = copy.deepcopy(model) if ema_decay else None
+    parts = {"trained": nn.ParameterList(weights), "optimizer": optimizer} | ({"ema": ema} if ema else {})
     first = state.step if state else 0
     if first:
-        state.restore(weights, optimizer, ema, record)
+        state.restore(parts, record)
     for step in range(first, steps):
         if seed is not None:
             seed_step(seed, step)
@@ -2141,7 +2137,7 @@ def train(model, loss_fn, steps, *, params=None, lr=1e-4, final_lr_ratio=1.0, wa
         if not math.isfinite(total + norm):
             raise NonFiniteLoss(f"at step {step} the loss is {total} and the norm of its gradient {norm}")
         if state and step > first and step % min(SAVE_EVERY, max(1, steps // 10)) == 0:
-            state.save(step, weights, optimizer, ema, record)        # weights whose loss is known to be finite
+            state.save(step, parts, record)      # weights whose loss is known to be finite
         optimizer.step()
         if ema:
             update_ema(ema, model, step, ema_decay)
@@ -2167,11 +2163,9 @@ def progress(label, steps, log_file=None, unit="steps", first=0):
             return
         recent.append({name: torch.as_tensor(value).detach() for name, value in metrics.items()})
         now = time.perf_counter()
-        to_print = now >= printed + 10 or step + 1 == steps
-        if not (to_print or (step + 1) % every == 0):
-            return
         speed = (step + 1 - first) / (now - start)
-        if log_file:
+        to_print = now >= printed + 10 or step + 1 == steps
+        if log_file and (to_print or (step + 1) % every == 0):
             numbers = {name: mean(name, recent[-every:]) for name in metrics}
             with open(log_file, "a") as file:
                 file.write(json.dumps({"stage": label, "step": step + 1, **numbers, "steps_per_s": speed}) + "\n")
@@ -2346,19 +2340,15 @@ def load_checkpoint(path, device="cpu", name=None):
     width = row["network"].keywords["hidden_size"]
     if (row["objective"], width) != (PRESETS[found]["objective"], PRESETS[found]["network"].keywords["hidden_size"]):
         raise UserError(f"checkpoint {path} is a {found}, not a {name}: give that --model, or none")
-    content = {
-        "sampling": {"steps": row["sample_steps"], "guidance": row["guidance"], **row["sampling"]},
-        "classes": [str(i) for i in range(model.num_classes)], **checkpoint,
-        "name": name, "config": model.config(), "objective": row["objective"]}
+    usual = {"steps": row["sample_steps"], "guidance": row["guidance"], **row["sampling"]}
     with reading(f"checkpoint {path}: `sampling` or `classes`", f"numbers, and {model.num_classes} names"):
-        classes = content["classes"]
-        sampling = content["sampling"]
-        words = {"solver", "cfg_channels"}       # arguments of `sample` that may be no numbers
-        numbers = all(isinstance(sampling[name], (int, float)) for name in sampling.keys() - words)
-        if not (numbers and isinstance(classes, list) and len(classes) == model.num_classes):
+        sampling = checkpoint.get("sampling", usual)
+        classes = [str(name) for name in checkpoint.get("classes", range(model.num_classes))]
+        numbers = [sampling[key] for key in sampling.keys() - {"solver", "cfg_channels"}]    # others may be words
+        if len(classes) != model.num_classes or not all(isinstance(number, (int, float)) for number in numbers):
             raise ValueError("they do not fit its model")
-        content["classes"] = [str(name) for name in classes]
-    return model.to(device).eval(), content
+    return model.to(device).eval(), {"name": name, "config": model.config(), "objective": row["objective"],
+                                     "sampling": sampling, "classes": classes}
 
 
 def noise_source(indices, shape, seed, device="cpu"):
@@ -2381,10 +2371,10 @@ def sample_images(model, labels, indices, *, diffusion, seed, sampling, decode=t
     return decode(diffusion.sample(model, labels.to(device), draw, **sampling)).cpu()
 
 
-def fitting(word, width, otherwise, size=14):
+def fitting(word, width, otherwise):
     """A word cut, with an ellipsis, to `width` pixels of Pillow's own font, or `otherwise` where the font lacks one of
     its letters."""
-    font = ImageFont.load_default(size)
+    font = ImageFont.load_default(14)
     missing = bytes(font.getmask("\U0010ffff"))                              # what is drawn for an unknown letter
     if any(bytes(font.getmask(letter)) == missing for letter in word):
         word = str(otherwise)
@@ -2406,8 +2396,8 @@ def write_png(path, image):
 
 
 def image_grid(images, columns, names=()):
-    """A PIL image of uint8 images (N, C, H, W), row by row, small ones magnified to about 64 pixels. names: of their
-    classes, N pairs (name, number), written above them."""
+    """A PIL image of uint8 images (N, C, H, W), row by row, small ones magnified to about 64 pixels. names: of the
+    classes of all or of the first ones, pairs (name, number), written above them."""
     N, _, H, W = images.shape
     factor = max(1, 64 // H)
     top = 18 if names else 0
@@ -2417,7 +2407,7 @@ def image_grid(images, columns, names=()):
         x, y = i % columns * width, i // columns * height
         one = Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
         grid.paste(one.resize((factor * W, factor * H), Image.Resampling.NEAREST), (x + 1, y + 1 + top))
-        if names:
+        if i < len(names):
             text(grid, (x + width / 2, y + 15), fitting(names[i][0], width, names[i][1]), anchor="ms")
     return grid
 
@@ -2425,13 +2415,11 @@ def image_grid(images, columns, names=()):
 def draw_samples(path, rows, names):
     """A picture of several rows of images of the same classes, such as samples.png. rows: (title, uint8 images (n, C,
     H, W)) pairs; names as in `image_grid`."""
-    grids = [image_grid(images, len(names), names if i == 0 else ()) for i, (_, images) in enumerate(rows)]
-    sheet = Image.new("RGB", (200 + grids[0].width, sum(grid.height + 8 for grid in grids)), "white")
-    y = 0
-    for (title, _), grid in zip(rows, grids):
-        sheet.paste(grid, (190, y))
-        text(sheet, (180, y + grid.height / 2), title, anchor="rm")
-        y += grid.height + 8
+    grid = image_grid(torch.cat([images for _, images in rows]), len(names), names)
+    sheet = Image.new("RGB", (190 + grid.width, grid.height), "white")
+    sheet.paste(grid, (190, 0))
+    for i, (title, _) in enumerate(rows):
+        text(sheet, (180, (i + 0.5) * grid.height / len(rows)), title, anchor="rm")
     write_png(path, sheet)
 
 
@@ -2574,7 +2562,7 @@ class Run:
         self.decode = VAE(args.vae, self.device, self.data.shape[0]).decode if args.vae else to_uint8
         if args.inception:
             self.judge                           # a mistake in its flags ends the run before the work
-        self.out = Path(args.out)
+        self.out = args.out
         self.out.mkdir(parents=True, exist_ok=True)
         self.teacher_path = self.out / RESULTS["teacher"]
         self.lock()
@@ -3050,9 +3038,10 @@ def compare(runs, every_mask=False, seeds=(0, 1, 2)):
         if name not in masks:
             dot.append(name)
             better = sum(fids[mask] < fids[name] for mask in masks)
-            lead = np.subtract(found["no-groups"][3], fid) if "no-groups" in found else []   # seed by seed
+            # Seed by seed.
+            lead = spread(np.subtract(found["no-groups"][3], fid), 1) if "no-groups" in found else "-"
             rows.append([name, " ".join(map(str, kept[0])), spread(pruned, 3), spread(recovered, 4), spread(fid, 1),
-                         spread(lead, 1) if len(lead) else "-", f"{better} of {len(masks)}" if masks else "-"])
+                         lead, f"{better} of {len(masks)}" if masks else "-"])
     columns = ("kept", "loss_after_pruning", "loss_after_recovery", "fid")
     out = runs[0].out
     write_json(out / "compare.json", {name: dict(zip(columns, values)) for name, values in found.items()})
@@ -3093,10 +3082,7 @@ def parse_groups(pattern, depth):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, whose flags are not abbreviated, and whose numbers are checked."""
-
-    def __init__(self, **more):
-        super().__init__(allow_abbrev=False, **more)
+    """An ArgumentParser whose errors are one line, and whose numbers are checked."""
 
     def error(self, message):
         raise UserError(message)
@@ -3111,17 +3097,18 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-def make_parser(preset):
+def make_parser(preset, add_help=True):
     """The flags, with the defaults of a row of PRESETS."""
     parser = Parser(
-        usage="python tinyfusion.py [flags]", formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="python tinyfusion.py [flags]", add_help=add_help, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train a diffusion transformer, learn which layers to keep, prune it, recover it and measure it.",
         epilog="""examples:
   python tinyfusion.py                                drawn digits, a few minutes on a laptop, into runs/toy
   python tinyfusion.py --data FOLDER --model SiT-toy  the same on your images, with flow matching
   python tinyfusion.py --model DiT-XL/2 --help        the defaults of another model""")
     add = parser.add_argument_group("model and data").add_argument
-    add("--model", default="toy", metavar="NAME", choices=PRESETS, help=f"one of {', '.join(PRESETS)}")
+    add("--model", metavar="NAME", choices=PRESETS, help=f"one of {', '.join(PRESETS)}")
     add("--ckpt", metavar="FILE", help="start from this teacher, official or ours; SiT-XL/2 needs --model too")
     add("--data", metavar="DIR", help="images, one sub-folder per class, or latents (without it: drawn digits)")
     add("--image-size", type=int, metavar="N", help="side of the images (16; 256 with --encode)")
@@ -3186,10 +3173,8 @@ def parse_args(argv=None):
     """Flags as a namespace, with the row of PRESETS, `teacher` (the model of --ckpt) and `classes` (their names).
     Raises UserError for flags that do not go together."""
     argv = sys.argv[1:] if argv is None else argv
-    first = Parser(add_help=False)       # the model comes first: it gives the others their defaults
-    first.add_argument("--model", choices=PRESETS)
-    first.add_argument("--ckpt")
-    given, _ = first.parse_known_args(argv)
+    # The model comes first: it gives the other flags their defaults, which --help shows.
+    given, _ = make_parser(PRESETS["toy"], add_help=False).parse_known_args(argv)
     teacher = None
     content = {"name": given.model or "toy", "classes": None}
     if given.ckpt:
@@ -3210,7 +3195,8 @@ def parse_args(argv=None):
         raise UserError("--fid goes with --ref")
     args.teacher = teacher
     args.classes = content["classes"]
-    args.out = args.out or f"runs/{Path(args.data).resolve().name if args.data else args.model.replace('/', '-')}"
+    name = Path(args.data).resolve().name if args.data else args.model.replace("/", "-")
+    args.out = Path(args.out or f"runs/{name}")
     return args
 
 
@@ -3252,14 +3238,14 @@ def run(args):
     with processes():
         if args.encode:
             size = args.image_size or 256
-            encode_images(args.encode, size, VAE(args.vae, pick_device(args.device)), Path(args.out),
+            encode_images(args.encode, size, VAE(args.vae, pick_device(args.device)), args.out,
                           {"vae": args.vae, "image_size": size})
         elif args.fid:
             run_fid(args)
         elif args.compare:
             runs = []
             for number in range(args.teachers):
-                out = Path(args.out) / f"teacher-{number}" if number else args.out
+                out = args.out / f"teacher-{number}" if number else args.out
                 runs.append(Run(argparse.Namespace(**vars(args) | {"seed": args.seed + number, "out": out})))
                 run_stage(runs[-1], "teacher")
             compare(runs, every_mask=args.compare == "all")
