@@ -60,7 +60,7 @@ def choose_decoder(args, model, device):
     if args.vae and C not in (1, 3):
         return VAE(args.vae, device, C).decode
     if args.vae or (C not in (1, 3) and not args.npz):
-        raise UserError(f"{args.ckpt} draws {C} channels: 1 or 3 are images; others need --vae NAME, or --npz FILE")
+        raise UserError(f"{args.ckpt} draws {C} channels: 1 or 3 need no --vae; others need it, or --npz FILE")
     return to_uint8 if C in (1, 3) else lambda latents: latents
 
 

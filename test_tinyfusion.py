@@ -1432,10 +1432,13 @@ class Data(InFolder):
             refused(pair, reason)
         np.save(pair / "labels.npy", np.arange(20) / 2)
         refused(pair, "whole number")
+        for content in (good[0, :1], good[0, :, :, :3]):
+            np.save(features / "11.npy", content)
+            refused(self.folder / "files", "11.npy: an array")
         (features / "11.npy").write_bytes(b"torn")
         refused(self.folder / "files", "11.npy")
         (labels / "1.npy").unlink()
-        refused(self.folder / "files", "labels/1.npy")
+        refused(self.folder / "files", "^[^:]*labels/1.npy: [^:]*: '[^:]*$")            # the reason once
         save_images(self.folder / "images" / "a", 2, 8, 8)
         (self.folder / "images" / "empty").mkdir()
         refused(self.folder / "images", "empty: no such folder, or no images")
@@ -1985,7 +1988,7 @@ class CommandLine(Quick):
                 ("--samples", "--samples x"), ("depth of 12", "--groups 1:5"), ("choose from", "--model DiT-Q"),
                 ("expected some of", "--stages x"), ("multiple", "--image-size 18"), ("cuda:77: ", "--device cuda:77"),
                 ("Not a directory", "--out", self.folder / "file" / "x"), ("class", "--data", self.folder / "empty"),
-                ("nothing", "--data", self.folder / "nothing"), ("64 images are too few", "--batch-size 100"),
+                ("nothing", "--data", self.folder / "nothing"), ("64 examples are too few", "--batch-size 100"),
                 ("cut into 3 parts", "--accumulate 3"), ("unrecognized", "--nonsense"),
                 ("one per token", "--model MAR-toy --sample-steps 17"), ("--samples", "--samples 3"),
                 ("more than 1,000", "--model toy-28 --compare all"), ("shortgpt", "--criterion best"),

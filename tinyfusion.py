@@ -1558,7 +1558,8 @@ def train_judge(data, device, steps=400):
     train(judge, loss, steps, lr=1e-3, seed=0, on_step=progress("judge", steps))
     _, p = look(data.images[held_out])
     accuracy = float((p.argmax(1) == data.labels[held_out].numpy()).mean())
-    print(f"judge: {accuracy:.1%} right on {len(p)} held-out images" + (", too few to trust it" if len(p) < 50 else ""))
+    doubt = ", too few to trust it" if len(p) < 50 or len(data.classes) < 2 else ""
+    print(f"judge: {accuracy:.1%} right on {len(p)} held-out images of {len(data.classes)} classes{doubt}")
     return look, accuracy
 
 
@@ -1763,7 +1764,7 @@ def read_image(path, size=None):
     """An image file as a uint8 array (C, H, W), of one channel if its mode is grey, else of three; with a `size`,
     cropped to that square. It is turned as its EXIF data say, and what is transparent is white. Raises UserError, with
     the file's name, where it is not a whole image of 8 or 16 bits."""
-    with reading(path, "a whole image; repair or replace it"), Image.open(path) as image:
+    with reading(path, "a whole image of 8 or 16 bits; repair or replace it"), Image.open(path) as image:
         image.getexif()                          # parsed and kept; the raw bytes go, since odd ones would raise
         image.info.pop("exif", None)
         image = ImageOps.exif_transpose(image)
@@ -1830,10 +1831,17 @@ def with_classes(data, names):
 
 
 class NpyFiles(list):
-    """A list of .npy files whose items are the arrays in them, read when they are needed."""
+    """A list of .npy files whose items are the arrays in them, read when they are needed. Raises UserError for one that
+    has not the shape of the first one read."""
+    shape = None
 
     def __getitem__(self, i):
-        return load_arrays(super().__getitem__(i))
+        path = super().__getitem__(i)
+        array = load_arrays(path)
+        self.shape = self.shape or array.shape
+        if array.shape != self.shape:
+            raise UserError(f"{path}: an array {array.shape}; expected {self.shape}, as in the other files")
+        return array
 
 
 def open_latents(latents, labels, folder):
@@ -2196,6 +2204,8 @@ def reading(path, expected):
     """A context in which every error becomes a UserError about `path`: damaged files raise many kinds."""
     try:
         yield
+    except UserError:                            # says it already
+        raise
     except Exception as error:
         raise UserError(f"{path}: {str(error)[:300] or type(error).__name__}; expected {expected}") from None
 
@@ -2550,7 +2560,7 @@ class Run:
         self.data = open_data(args.data, size) if args.data else toy_digits(size=size)
         if args.teacher:
             self.data = with_classes(self.data, args.classes)
-        with reading(f"--image-size {self.data.shape[1]}", "a size that the model's patches divide"):
+        with reading(f"size {self.data.shape[1]} of the data", "one that the model's patches divide"):
             model = args.teacher or unallocated(self.new_model)
         self.groups = parse_groups(args.groups, len(model.blocks))
         self.diffusion = objective_of(args.objective, model)
@@ -2582,7 +2592,7 @@ class Run:
         if data.shape != expected:
             raise UserError(f"--ckpt takes {expected}; --data has {data.shape} (latents are made by --encode)")
         if len(data.labels) < max(20, args.batch_size):
-            raise UserError(f"{len(data.labels)} images are too few: expected 20, and no larger --batch-size")
+            raise UserError(f"{len(data.labels)} examples are too few: expected 20, and --batch-size {args.batch_size}")
         parts = world_size() * args.accumulate
         if args.batch_size % parts or self.batch_size("learn") % parts or args.samples % world_size():
             raise UserError(f"--batch-size {args.batch_size} ({self.batch_size('learn')} while learning) cannot be cut "
@@ -3077,7 +3087,8 @@ def parse_groups(pattern, depth):
     if len(groups) == 1:
         groups = groups * (depth // groups[0][1])
     if sum(m for _, m in groups) != depth:
-        raise ValueError(f"groups {pattern!r} do not fill a depth of {depth}; one N:M is repeated, a list is not")
+        raise ValueError(f"groups {pattern!r} do not fill a depth of {depth}; one N:M is repeated, a list is not; or "
+                         "give one number, of the blocks to keep")
     return groups
 
 
@@ -3097,11 +3108,10 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-def make_parser(preset, add_help=True):
+def make_parser(preset):
     """The flags, with the defaults of a row of PRESETS."""
     parser = Parser(
-        usage="python tinyfusion.py [flags]", add_help=add_help, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="tinyfusion.py [flags]", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train a diffusion transformer, learn which layers to keep, prune it, recover it and measure it.",
         epilog="""examples:
   python tinyfusion.py                                drawn digits, a few minutes on a laptop, into runs/toy
@@ -3118,8 +3128,7 @@ def make_parser(preset, add_help=True):
     add("--teacher-lr", type=float, metavar="X", help="its learning rate (%(default)s)")
     add = parser.add_argument_group("learning which blocks to keep").add_argument
     add("--groups", default="1:2", metavar="N:M", help="N of every M blocks; 2:4,3:4,...; or N, of all (%(default)s)")
-    add("--criterion", default="learned", metavar="NAME", help="how they are chosen: learned, blocks as in 0,2,5, or "
-        f"{', '.join(CRITERIA)} (%(default)s)")
+    add("--criterion", default="learned", help=f"learned, blocks as in 0,2,5, {', '.join(CRITERIA)} (%(default)s)")
     add("--learn-steps", type=int, metavar="N", help="steps of learning (%(default)s)")
     add("--logits-lr", type=float, metavar="X", help="learning rate of the mask's logits (%(default)s)")
     add("--update", default="lora", choices=("lora", "full", "frozen"), help="what trains with the mask (%(default)s)")
@@ -3174,7 +3183,8 @@ def parse_args(argv=None):
     Raises UserError for flags that do not go together."""
     argv = sys.argv[1:] if argv is None else argv
     # The model comes first: it gives the other flags their defaults, which --help shows.
-    given, _ = make_parser(PRESETS["toy"], add_help=False).parse_known_args(argv)
+    words = [word for word in argv if word not in ("-h", "--help")]
+    given, _ = make_parser(PRESETS["toy"]).parse_known_args(words)
     teacher = None
     content = {"name": given.model or "toy", "classes": None}
     if given.ckpt:
