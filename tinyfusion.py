@@ -5,8 +5,8 @@ times. With half the blocks it runs about twice as fast. But which half? DiT-XL 
 choices, and the obvious test, "drop what hurts least now", picks badly: the model is fine-tuned after pruning, so what
 counts is how well a choice *recovers*, and the loss right after pruning says little about that (Table 3 of the paper).
 
-The method.  With weights Phi and the training loss, a mean E_x over images x, search for the mask m together with a
-stand-in dPhi for the fine-tuning to come, one that all masks share:
+The method.  Phi are the model's weights; E_x is the mean over images x. Search for the mask m together with a change
+dPhi of the weights, a stand-in for the fine-tuning to come that all masks share:
 
         min over m and dPhi of   E_x [ loss(x; Phi + dPhi, m) ]       m in {0,1}^L, with the wanted number of ones
 
@@ -24,7 +24,7 @@ stand-in dPhi for the fine-tuning to come, one that all masks share:
     differentiable by the straight-through Gumbel-Softmax, so a plain optimiser learns the odds.
  2. While the odds are learned, a small low-rank update of the weights (LoRA), shared by all masks, trains along. So a
     mask is judged as if fine-tuning had already begun.
- 3. The likeliest mask is applied to the *original* weights. The LoRA update is thrown away.
+ 3. The likeliest mask is applied to the *original* weights. The LoRA update, made to judge masks, is thrown away.
  4. The shallow student recovers by imitating the teacher's output and its hidden states, outliers left out.
 
 How to run (the README has full scale and the rest).
@@ -83,9 +83,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 # Chapter 1. The model: DiT
 #
 # A diffusion transformer (Peebles & Xie, arXiv:2212.09748) cuts the noisy image into patches, makes each one a token,
-# and sends the tokens through L equal residual blocks. The timestep and the class enter every block as a shift, a scale
-# and a gate ("adaLN-Zero"). Every block maps (B, T, D) to (B, T, D) and adds to its input. That is why one can be
-# dropped without touching the others. Names and initialisation are official; checkpoints load with strict=True.
+# and sends the tokens through L residual blocks of one shape. The timestep and the class enter every block as shifts,
+# scales and gates ("adaLN-Zero"). Every block maps (B, T, D) to (B, T, D) and adds to its input. That is why one can
+# be dropped without touching the others. Names and initialisation are those of the official code, whose checkpoints
+# load with strict=True.
 # ---------------------------------------------------------------------------------------------------------------------
 
 def modulate(x, shift, scale):
@@ -113,7 +114,7 @@ class LabelEmbedder(nn.Module):
     with probability `dropout_prob`; that is what makes classifier-free guidance possible.
 
     The null label is `num_classes`, the last row of the table; without dropout there is no such row. With hidden_size
-    None there is no table, and the labels (B,) themselves are returned (for MAR)."""
+    None there is no table, and the labels (B,) themselves are returned (for MAR, Chapter 6)."""
 
     def __init__(self, num_classes, hidden_size, dropout_prob):
         super().__init__()
@@ -274,7 +275,7 @@ class DiT(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], self.out_channels, self.input_size, self.input_size)
 
     def forward(self, x, t, y, mask=None, hidden=None):
-        """Predict the noise (and the variance) in x, or the velocity of a SiT.
+        """Predict the noise (and the variance) in x, or, for a SiT (Chapter 6), the velocity.
 
         x (B, C, H, W); t (B,) timesteps, or (1,) where all share one; y (B,) labels, `num_classes` for no class;
         mask (B, L), 1 for a block that is used and 0 for one that is skipped, or None for all (Chapter 3).
@@ -282,7 +283,7 @@ class DiT(nn.Module):
         None, returns two things: that output, and the list of those blocks' outputs (B, T, D), in depth order.
         """
         tokens = self.x_embedder.proj(x).flatten(2).transpose(1, 2)          # (B, T, D), row by row
-        x = tokens.contiguous() + self.pos_embed                             # copied once here, or else by every norm
+        x = tokens.contiguous() + self.pos_embed                             # copied here once, not in every norm
         c = self.t_embedder(t) + self.y_embedder(y)                          # (B, D)
         x, features = masked_forward(self.blocks, x, c, mask=mask, hidden=hidden or ())
         x = self.unpatchify(self.final_layer(x, c))                          # (B, out_channels, H, W)
@@ -339,7 +340,7 @@ def discretized_gaussian_log_likelihood(x, mean, log_variance):
 
 
 def noise_for(x0, t):
-    """Standard normal noise for images x0 (B, C, H, W) at times t: (len(t), C, H, W). len(t) is B, except for MAR."""
+    """Standard normal noise for images x0 (B, C, H, W) at times t: (len(t), C, H, W). len(t) is B, but for MAR."""
     return torch.randn(len(t), *x0.shape[1:], device=x0.device)
 
 
@@ -424,16 +425,16 @@ class GaussianDiffusion(Objective):
         return {"mean": self._posterior_mean(x0, x_t, t), "log_variance": log_variance, "pred_xstart": x0}
 
     def losses(self, model_output, x0, x_t, t, noise):
-        """A dict of `mse`, `vb` and `loss` = mse + vb, each (B,). mse is the error of the noise. vb is the variational
-        bound in bits per dimension, which trains the variance alone."""
+        """A dict of `mse`, `vb` and `loss` = mse + vb, each (B,). mse is the error of the noise. vb is the term of
+        the variational bound for step t, in bits per dimension, which trains the variance alone."""
         C = x0.shape[1]
         model_output = model_output.float()
         mse = mean_flat((noise - model_output[:, :C]) ** 2)
         if model_output.shape[1] == C:
             return {"mse": mse, "vb": torch.zeros_like(mse), "loss": mse}
         step = self.p_mean_variance(model_output, x_t, t)
-        kl = normal_kl(self._posterior_mean(x0, x_t, t), self._at("log_small", t, x0),
-                       step["mean"], step["log_variance"])
+        kl = normal_kl(self._posterior_mean(x0, x_t, t), self._at("log_small", t, x0),       # the true step
+                       step["mean"], step["log_variance"])                                   # and the model's
         nll = -discretized_gaussian_log_likelihood(x0, step["mean"], step["log_variance"])   # for t = 0
         vb = torch.where(t == 0, mean_flat(nll), mean_flat(kl)) / math.log(2)
         return {"mse": mse, "vb": vb, "loss": mse + vb}
@@ -469,7 +470,7 @@ class GaussianDiffusion(Objective):
         """Images (B, C, H, W) of the classes y (B,), drawn by `model` (in eval mode).
 
         eta 1 is DDPM with the model's variance; 0 is DDIM, deterministic after the first draw; between them is DDIM's
-        sigma (arXiv:2010.02502, equation 16). Guidance 1 runs the model once a step, anything else twice, in one batch.
+        sigma (arXiv:2010.02502, equation 16). Guidance 1 runs the model on the batch, any other on two.
         dtype: that of the model's matrix products, as in `autocast` (Chapter 9). Raises ValueError for other eta.
         """
         if not 0 <= eta <= 1:
@@ -506,25 +507,25 @@ class GaussianDiffusion(Objective):
 # ---------------------------------------------------------------------------------------------------------------------
 # Chapter 3. The layer sampler
 #
-# A mask m decides for every block whether it is used. Written as a blend, x <- m * block(x) + (1 - m) * x, the loss has
-# a gradient for m, dL/dm (this L is the loss), though m is only ever 0 or 1. Searching all 40 million masks of DiT-XL
-# is hopeless. So the blocks are cut into K local groups of M consecutive ones, and each group keeps N of its own:
-# p(m) = p(m_1) ... p(m_K), each a categorical distribution over the (M choose N) candidates of its group, with one
-# learned logit per candidate. A draw is discrete and has no gradient. The straight-through Gumbel-Softmax
-# (arXiv:1611.01144) draws it as the arg max of logits + Gumbel noise, which has exactly the probabilities of the
-# logits' softmax, and lets the gradient pass as if the arg max had been a softmax of temperature tau. So one backward
-# pass estimates for every candidate, drawn or not, whether the loss would rather have it more often. For that it needs
-# dL/dm of dropped blocks too, which is why they are run at all while a mask is learned.
+# A mask m decides for every block whether it is used. Written as a blend, x <- m * block(x) + (1 - m) * x, the loss
+# has a gradient for m, dloss/dm, though m is only ever 0 or 1. Searching all 40 million masks of DiT-XL is hopeless.
+# So the blocks are cut into K local groups of M consecutive ones, and each group keeps N of its own: p(m) = p(m_1) ...
+# p(m_K), each a categorical distribution over the (M choose N) candidates of its group, with one learned logit per
+# candidate. A draw is discrete and has no gradient. The straight-through Gumbel-Softmax (arXiv:1611.01144) draws it as
+# the arg max of logits + Gumbel noise, which takes each candidate with exactly its softmax probability, and it lets
+# the gradient pass as if the arg max had been a softmax of temperature tau. So one backward pass estimates for every
+# candidate, drawn or not, whether the loss would rather have it more often. For that it needs dloss/dm of dropped
+# blocks too, which is why they are run at all while a mask is learned.
 # ---------------------------------------------------------------------------------------------------------------------
 
 def masked_forward(blocks, x, *args, mask=None, hidden=()):
     """Run residual blocks one after another, each example through the blocks that its mask keeps:
 
-        x <- m * block(x) + (1 - m) * x            so that dL/dm = sum of dL/dx_out * (block(x) - x)
+        x <- m * block(x) + (1 - m) * x            so that dloss/dm = sum of dloss/dx_out * (block(x) - x)
 
     with the sum over tokens and channels. Computed as written, this runs every block forward and backward for every
     example. The exact skip (`masked_block`) has the same values and gradients and does less: where m = 0, nothing flows
-    back through the block, and its output is needed only as a number, for dL/dm. So a dropped block runs forward
+    back through the block, and its output is needed only as a number, for dloss/dm. So a dropped block runs forward
     without a graph, and not at all backward. Where the mask needs no gradient, it does not run at all.
     But each block is called twice, for the kept and for the dropped examples. It is still faster than the formula on a
     CPU, but on a GPU only with large batches (DiT-XL/2 on one H100: 1.2 times as fast with 128 images, 0.7 times
@@ -532,8 +533,8 @@ def masked_forward(blocks, x, *args, mask=None, hidden=()):
 
     blocks: any sequence of modules that map (B, ...) to (B, ...), each example by itself; args: further arguments of
     every block, as in `rows_of`; mask (B, L) of zeros and ones (more than 0.5 counts as 1), or None to run all. Returns
-    x and the list of outputs of the blocks whose numbers are in `hidden`, in depth order. A block that no example keeps
-    gets no gradient (None) where the formula gives zeros. Raises ValueError where mask is not (B, L).
+    x and the list of outputs of the blocks whose numbers are in `hidden`, in depth order. The weights of a block
+    that no example keeps get no gradient (None) where the formula gives zeros. Raises ValueError for another mask.
     Source: the paper's differentiable layer sampling; the skip is ours.
     """
     if mask is not None:
@@ -590,8 +591,8 @@ def masked_block(run, streams, m, kept, dropped):
     with torch.no_grad():                        # the dropped rows need no graph
         everywhere = with_outputs(outs, dropped)             # block(x) in all rows
         changes = [out - x for x, out in zip(streams, everywhere)]
-    # Adds 0 (if the change is finite), and gives m its gradient, the sum of dL/dx_out * change.
-    zero = m - m.detach()
+    # The outputs keep their values (if a change is finite), and m gets its gradient, the sum of dloss/dx_out * change.
+    zero = m - m.detach()                        # 0, with the gradient of m
     return [out + zero.view(-1, *[1] * (out.dim() - 1)).to(out.dtype) * change for out, change in zip(outs, changes)]
 
 
@@ -622,7 +623,7 @@ class LayerSampler(nn.Module):
 
     def __init__(self, groups):
         super().__init__()
-        for k, (n, m) in enumerate(groups):                  # float64: autocast would round a product to bfloat16
+        for k, (n, m) in enumerate(groups):                  # float64, which autocast never rounds to bfloat16
             self.register_buffer(f"candidates{k}", nm_masks(n, m).double(), persistent=False)
         # The published recipe starts all logits at 0.02. A softmax does not see a constant, so this is the same start.
         self.logits = nn.ParameterList([nn.Parameter(torch.zeros(len(c))) for c in self.candidates])
@@ -642,7 +643,7 @@ class LayerSampler(nn.Module):
             hard = candidates[p.argmax(1)]                                                  # (B, M), the mask drawn
             soft = p.double() @ candidates                                                  # (B, M), its relaxation
             # Straight through: the value of `hard`, the gradient of `soft`. The brackets matter: soft - soft is exactly
-            # 0, while (hard - soft) + soft, the order of F.gumbel_softmax(hard=True), can be off by one rounding.
+            # 0, while (hard - soft) + soft, the order of F.gumbel_softmax(hard=True), can miss 0 and 1 by a rounding.
             parts.append((hard + (soft - soft.detach())).to(p.dtype))
         return torch.cat(parts, dim=1)
 
@@ -665,15 +666,15 @@ class LayerSampler(nn.Module):
 
 class TopNSampler(nn.Module):
     """A learnable distribution over the masks that keep n of `depth` blocks, wherever they are: one logit per block,
-    and no groups. It goes beyond the paper, and is called like a LayerSampler.
+    and no groups. It is called like a LayerSampler. It goes beyond the paper; on a first reading skip it.
 
     A draw is the n largest keys k_i = scale * logit_i + Gumbel noise, which is sampling without replacement
     (arXiv:1903.06059). For the gradient the draw is relaxed to s_i = sigmoid((k_i - c) / tau), with a threshold c for
     which the s_i sum to n. Raises ValueError unless 1 <= n <= depth.
 
     c moves with the keys. Differentiating sum s_i = n gives sum s_i (1 - s_i) (dk_i - dc) = 0, so dc = sum w_i dk_i,
-    with weights w_i in proportion to s_i (1 - s_i). The gradients of the keys then sum to 0: a block gains only what
-    others lose. With a constant c all logits would drift together."""
+    with weights w_i in proportion to s_i (1 - s_i). The gradients that reach the keys then sum to 0: a block gains only
+    what others lose. With a constant c all logits would drift together."""
 
     def __init__(self, n, depth):
         super().__init__()
@@ -696,7 +697,7 @@ class TopNSampler(nn.Module):
     def relaxed(self, keys, tau):
         """The mask of keys (B, L) with values between 0 and 1 that sum to n, (B, L)."""
         with torch.no_grad():                    # the threshold, by bisection
-            low = keys.amin(1, keepdim=True) - 30 * tau
+            low = keys.amin(1, keepdim=True) - 30 * tau      # sigmoid(30) rounds to 1
             high = keys.amax(1, keepdim=True) + 30 * tau
             for _ in range(40):                  # halvings, down to float32's rounding
                 c = (low + high) / 2
@@ -832,16 +833,16 @@ def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=
     unused = ValueError("the loss does not depend on the mask: call sample_mask in loss_fn and use what it gives")
 
     def loss(step):
-        now = tau[0] + (tau[1] - tau[0]) * step / max(1, steps - 1)
+        tau_now = tau[0] + (tau[1] - tau[0]) * step / max(1, steps - 1)
 
         def sample_mask(batch_size):
-            mask = sampler(batch_size, now, scale)
+            mask = sampler(batch_size, tau_now, scale)
             mask.register_hook(lambda gradient: reached.add(True))
             return mask
         value = loss_fn(model, sample_mask)
         if not value.requires_grad:
             raise unused
-        return value, {"tau": now}
+        return value, {"tau": tau_now}
 
     def after(step, metrics):
         if not reached:
@@ -852,7 +853,7 @@ def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=
 
     both = [{"params": list(sampler.parameters()), "lr": logits_lr}, {"params": weights, "lr": lr}]
     train(model, loss, steps, params=both, on_step=after, record=history, **loop)
-    return sampler, history
+    return sampler, history                      # the copy and its update are not needed any more
 
 
 def masked_denoising(diffusion, batches):
@@ -887,11 +888,11 @@ def prune(model, kept, lists=None):
     a cache of transformers) if it was the block's place in its list. What else depends
     on the depth is yours to adapt: a configuration (config.num_layers), attention that is scaled by layer_idx, parts
     that read a certain block, as the head of diffusers' DiT reads block 0's embedding. Raises ValueError as
-    `check_kept` does, and for a model under a mask. Source: the paper; dPhi is not in the result."""
+    `check_kept` does, and for a model under a mask. Source: the paper, which prunes the original weights."""
     kept = [int(i) for i in kept]
     every = [block for blocks in blocks_of(model, lists) for block in blocks]
     check_kept(kept, len(every))
-    if any("unmasked_forward" in vars(block) for block in every):
+    if any("unmasked_forward" in vars(block) for block in every):            # put there by set_mask (Chapter 6)
         raise ValueError("the model runs under a mask: call set_mask(model, None) before prune")
     pruned = copy.deepcopy(model)
     first = 0                                    # the number of a list's first block
@@ -915,18 +916,18 @@ def prune(model, kept, lists=None):
 # and the student imitates the teacher's output and its hidden states. The latter needs care. A few numbers in a
 # diffusion transformer's hidden states are enormous ("massive activations", arXiv:2402.17762); they dominate a squared
 # error, and training on them diverges (the paper's Table 5). So entries more than k = 2 standard deviations from the
-# mean, in either model, are left out, and with them some ordinary ones:
+# mean, in either model, are left out, and with them some ordinary ones (this has nothing to do with masks of blocks):
 #
 #        loss = 0.9 * KD + 0.1 * denoising + beta * features,      beta falling linearly to 0
 #
 # (This beta is a weight, not the noise variance of Chapter 2.) KD (knowledge distillation) is the squared error between
 # the two noise predictions, plus a KL divergence for a learned variance. Denoising is Chapter 2's training loss.
-# Features is the masked error of the hidden states. The constants are the paper's.
+# Features is the error of the hidden states, a mean over pairs of blocks. The constants are the paper's.
 # ---------------------------------------------------------------------------------------------------------------------
 
 def masked_feature_loss(student, teacher, k=2.0):
     """Mean squared error of two models' hidden states (B, T, D) over the entries where neither is an outlier. A scalar:
-    the mean over examples of the mean over an example's entries, so equal parts of a batch average to the whole.
+    the mean over examples of the mean over an example's entries, so that equal parts of a batch average to the whole.
 
     An entry is an outlier where |h - mean(h)| > k * std(h), mean and std over tokens and channels of one example.
     What is left out is in neither the sum nor the gradient. k = inf leaves nothing out: plain feature KD. Raises
@@ -947,7 +948,7 @@ def masked_feature_loss(student, teacher, k=2.0):
 
 def match_blocks(groups, kept, cuts=()):
     """Pairs (student block, teacher block) for feature KD: each group's last kept block, as numbered in the student,
-    and the group's last block, whose output the first must stand in for. For 1:2 that is (i, 2i + 1). Without groups,
+    and the group's last block, whose output it must stand in for. For 1:2 that is (i, 2i + 1). Without groups,
     for a bare (N, L), every kept block stands in for all blocks up to the next kept one.
 
     A group of which a criterion (Chapter 12) keeps no block has no pair. cuts: where the token sequence changes, the
@@ -959,7 +960,7 @@ def match_blocks(groups, kept, cuts=()):
         ends = [*kept[1:], groups[1]]
     ends = sorted({*ends, *cuts})
     last = {}                                    # {the end of a group: its last kept block, numbered as in the student}
-    for i, block in enumerate(kept):
+    for i, block in enumerate(kept):             # a later block of a group takes the place of an earlier one
         last[min(end for end in ends if end > block)] = i
     return [(i, end - 1) for end, i in last.items()]
 
@@ -985,7 +986,7 @@ def recovery_loss(student, teacher, diffusion, x0, y, pairs, kd="masked", beta=1
     x_t = diffusion.q_sample(x0, t, noise)
     y = student.y_embedder.token_drop(y)
     if kd in ("logits", "none"):
-        pairs = []                               # no hidden states are compared
+        pairs = []
     out, features = student(x_t, t, y, hidden=[i for i, _ in pairs])
     denoising = diffusion.losses(out, x0, x_t, t, noise)["loss"].mean()
     if kd == "none":
@@ -1015,9 +1016,9 @@ def recover(student, teacher, diffusion, batches, pairs, steps, *, kd="masked", 
     student.y_embedder.eval()                    # recovery_loss drops labels, for both models at once
 
     def loss(step):
-        now = beta * (1 - step / max(1, steps - 1))
+        beta_now = beta * (1 - step / max(1, steps - 1))
         x0, y = next(batches)
-        return recovery_loss(student, teacher, diffusion, x0, y, pairs, kd, now, k)
+        return recovery_loss(student, teacher, diffusion, x0, y, pairs, kd, beta_now, k)
 
     return train(student, loss, steps, lr=lr, final_lr_ratio=final_lr_ratio, ema_decay=ema_decay, **loop)
 
