@@ -1875,8 +1875,13 @@ class Laboratory(Quick):
         row = tf.read_json(self.folder / "several" / "compare.json")["learned"]
         self.assertEqual((row["loss_after_pruning"], row["fid"]), ([first, first, second, second], [1, 2, 1, 2]))
         self.refused("does not use --teachers", TINY, self.folder / "y", "--teachers 2")
-        hot = [self.folder / "x", "--compare all --teacher-lr 1e8"]
-        self.refused("a lower --teacher-lr goes on", TINY, *hot, lines=None)
+        (self.folder / "several" / "teacher.pt").unlink()
+        tf.write_json(self.folder / "several/teacher-1/settings.json", {})
+        self.refused("settings.json", TINY, self.folder / "several", words, "--teachers 2", lines=None)
+        self.assertFalse((self.folder / "several" / "teacher.pt").exists(), "a mistake ends it before the work")
+        for more, way in (("", "a lower --teacher-lr goes on"), ("--teachers 2", "a lower --teacher-lr and another")):
+            hot = [self.folder / f"x{more}", "--compare all --teacher-lr 1e8", more]
+            self.refused(way, TINY, *hot, lines=None)
 
 
 class CommandLine(Quick):

@@ -2264,8 +2264,8 @@ def read_checkpoint(path, *expected):
         raise UserError(f"checkpoint {path}: torn, not a PyTorch file, or one that holds more than weights and plain "
                         "data; nothing in it was run") from None
     if not isinstance(checkpoint, dict) or not set(expected) <= checkpoint.keys():
-        raise UserError(f"checkpoint {path}: not one of this program; expected a dict with "
-                        f"{', '.join(expected) or 'weights'}")
+        raise UserError(f"checkpoint {path}: not one of this version; expected a dict with "
+                        f"{', '.join(expected) or 'weights'}{'; remove it to begin anew' if expected else ''}")
     return checkpoint
 
 
@@ -2573,13 +2573,17 @@ class Run:
         self.decode = VAE(args.vae, self.device, self.data.shape[0]).decode if args.vae else to_uint8
         if args.inception:
             self.judge                           # a mistake in its flags ends the run before the work
-        self.out = args.out
+        self.settle(args.out)
+        print(f"{self.data.describe()}, {self.data.shape}; {args.model} with {len(model.blocks)} blocks, "
+              f"{world_size()} x {self.device}, {default_dtype(self.device)}")
+
+    def settle(self, out):
+        """Take the folder `out` for this run and its teacher. Raises UserError as `lock` and `claim` do."""
+        self.out = out
         self.out.mkdir(parents=True, exist_ok=True)
         self.teacher_path = self.out / RESULTS["teacher"]
         self.lock()
         self.claim()
-        print(f"{self.data.describe()}, {self.data.shape}; {args.model} with {len(model.blocks)} blocks, "
-              f"{world_size()} x {self.device}, {default_dtype(self.device)}")
 
     def new_model(self):
         """A new model for the data."""
@@ -2722,15 +2726,25 @@ class Run:
             return look, real, accuracy
         return look, statistics([look(images) for images in self.data.images.split(256)]), accuracy
 
+    def changed(self, **flags):
+        """A run with some flags changed, which shares data and judge with this one."""
+        self.judge                               # trained once, for all
+        other = copy.copy(self)
+        other.args = argparse.Namespace(**vars(self.args) | flags)
+        return other
+
+    def with_teacher(self, number):
+        """A run with another teacher, of the seed `number` later, in a sub-folder."""
+        other = self.changed(seed=self.args.seed + number)
+        other.settle(self.out / f"teacher-{number}")
+        return other
+
     def branch(self, criterion, seed):
         """A run with the same teacher and another criterion and seed, in a sub-folder. The criterion
         "no-groups" is learning without groups."""
-        self.judge                               # trained once, for all branches
-        other = copy.copy(self)
+        other = self.changed(criterion=criterion.replace("no-groups", "learned"), seed=seed)
         if criterion == "no-groups":
             other.groups = tuple(map(sum, zip(*as_list(self.groups))))       # as many blocks, of all
-        other.args = argparse.Namespace(**vars(self.args) | {"criterion": criterion.replace("no-groups", "learned"),
-                                                             "seed": seed})
         other.out = self.out / f"compare-{checksum(self.load(self.teacher_path))}" / f"{criterion}-{seed}"
         other.out.mkdir(parents=True, exist_ok=True)
         return other
@@ -2848,8 +2862,11 @@ def run_stage(run, stage):
                 draw_losses(run.out / "losses.png", run.out / "log.jsonl")
         except NonFiniteLoss as error:
             rates = [f"--{rate.replace('_', '-')}" for rate, its_stage in RATES.items() if its_stage == stage]
-            raise NonFiniteLoss(f"{stage}: {error}; the same command with a lower {' or '.join(rates)} goes on from "
-                                f"step {TrainingState(state).step}") from None
+            lower = f"a lower {' or '.join(rates)}"
+            advice = f"the same command with {lower} goes on from step {TrainingState(state).step}"
+            if run.args.teachers > 1:            # which all have the same rates
+                advice = f"give {lower} and another --out"
+            raise NonFiniteLoss(f"{stage}: {error}; {advice}") from None
     state.unlink(missing_ok=True)
 
 
@@ -3027,7 +3044,8 @@ def compare(runs, every_mask=False, seeds=(0, 1, 2)):
     recovered with every seed. runs: Runs (Chapter 11), mostly one, each with a teacher of its own; means and spreads
     are over teachers and seeds. Each recovery is a run of its own in a sub-folder, so a comparison that was stopped
     goes on. With `every_mask`, all choices that the groups allow are recovered too, and the better ones are counted.
-    Writes compare.json, with the figures of every seed, and recoverability.png, for the first of the runs."""
+    Writes recoverability.png and compare.json into the folder of the first run; the latter has all figures, of the
+    first teacher's seeds, then of the next one's."""
     masks = [",".join(map(str, kept)) for kept in every_choice(runs[0].groups)] if every_mask else []
     choices = ["learned", "no-groups", *CRITERIA, *masks]
     report = progress("compare", len(choices), unit="choices")
@@ -3254,11 +3272,10 @@ def run(args):
         elif args.fid:
             run_fid(args)
         elif args.compare:
-            runs = []
-            for number in range(args.teachers):
-                out = args.out / f"teacher-{number}" if number else args.out
-                runs.append(Run(argparse.Namespace(**vars(args) | {"seed": args.seed + number, "out": out})))
-                run_stage(runs[-1], "teacher")
+            first = Run(args)
+            runs = [first, *[first.with_teacher(number) for number in range(1, args.teachers)]]
+            for each in runs:
+                run_stage(each, "teacher")
             compare(runs, every_mask=args.compare == "all")
         else:
             run_stages(Run(args))
