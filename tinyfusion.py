@@ -1763,8 +1763,9 @@ def center_crop(image, size):
 
 def read_image(path, size=None):
     """An image file as a uint8 array (C, H, W), of one channel if its mode is grey, else of three; with a `size`,
-    cropped to that square. It is turned as its EXIF data say, and what is transparent is white. Raises UserError, with
-    the file's name, where it is not a whole image of 8 or 16 bits."""
+    cropped to that square. It is turned as its EXIF data say, and what is transparent is white (but for a transparent
+    colour in a PNG of 2, 4 or 16 bits, which Pillow does not scale). Raises UserError, with the file's name, where it
+    is not a whole image of 8 or 16 bits."""
     with reading(path, "a whole image of 8 or 16 bits; repair or replace it"), Image.open(path) as image:
         image.getexif()                          # parsed and kept; the raw bytes go, since odd ones would raise
         image.info.pop("exif", None)
