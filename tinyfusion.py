@@ -2431,7 +2431,7 @@ def draw_samples(path, rows, names):
     sheet = Image.new("RGB", (190 + grid.width, grid.height), "white")
     sheet.paste(grid, (190, 0))
     for i, (title, _) in enumerate(rows):
-        text(sheet, (180, (i + 0.5) * grid.height / len(rows)), title, anchor="rm")
+        text(sheet, (180, (i + 0.5) * grid.height / len(rows) + 9), title, anchor="rm")      # 9: below the names
     write_png(path, sheet)
 
 
