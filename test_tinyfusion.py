@@ -1860,6 +1860,8 @@ class Laboratory(Quick):
         self.refused("--learn-steps 2 (now 3)", TINY, self.folder / "all", *words, "all --learn-steps 3")
         with mock.patch.object(tf, "recover", side_effect=tf.UserError("disk full")):
             self.refused("disk full", TINY, self.folder / "full", *words, "criteria", lines=None)
+
+    def test_several_teachers_are_compared_each_of_its_own_seed(self):
         def made_up(run):
             teacher = run.load(run.teacher_path).x_embedder.proj.weight[0, 0, 0, 0].abs().item()
             return [0, 3], teacher, 1.0, run.args.seed + 1
@@ -1873,7 +1875,7 @@ class Laboratory(Quick):
         first, second = (weights["x_embedder.proj.weight"][0, 0, 0, 0].abs().item() for weights in teachers[:2])
         self.assertNotEqual(first, second)
         row = tf.read_json(self.folder / "several" / "compare.json")["learned"]
-        self.assertEqual((row["loss_after_pruning"], row["fid"]), ([first, first, second, second], [1, 2, 1, 2]))
+        self.assertEqual((row["loss_after_pruning"], row["fid"]), ([first] * 3 + [second] * 3, [1, 2, 3] * 2))
         self.refused("does not use --teachers", TINY, self.folder / "y", "--teachers 2")
         (self.folder / "several" / "teacher.pt").unlink()
         tf.write_json(self.folder / "several/teacher-1/settings.json", {})
