@@ -2356,7 +2356,7 @@ def load_checkpoint(path, device="cpu", name=None):
     with reading(f"checkpoint {path}: `sampling` or `classes`", f"numbers, and {model.num_classes} names"):
         sampling = checkpoint.get("sampling", usual)
         classes = [str(name) for name in checkpoint.get("classes", range(model.num_classes))]
-        numbers = [sampling[key] for key in sampling.keys() - {"solver", "cfg_channels"}]    # others may be words
+        numbers = [sampling[key] for key in sampling.keys() - {"solver", "cfg_channels"}]    # those two may be words
         if len(classes) != model.num_classes or not all(isinstance(number, (int, float)) for number in numbers):
             raise ValueError("they do not fit its model")
     return model.to(device).eval(), {"name": name, "config": model.config(), "objective": row["objective"],
