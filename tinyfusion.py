@@ -1,7 +1,7 @@
 """TinyFusion: a diffusion transformer learns which of its layers it can do without.  One file, top to bottom.
 
 The problem.  A diffusion transformer draws an image by running its L residual blocks one after another, hundreds of
-times. With half the blocks it runs about twice as fast. But which half? DiT-XL has C(28, 14), about 40 million,
+times. With half the blocks it runs about twice as fast. But which half? DiT-XL, of 28 blocks, has about 40 million
 choices, and the obvious test, "drop what hurts least now", picks badly: the model is fine-tuned after pruning, so what
 counts is how well a choice *recovers*, and the loss right after pruning says little about that (Table 3 of the paper).
 
@@ -27,7 +27,7 @@ dPhi of the weights, a stand-in for the fine-tuning to come that all masks share
  3. The likeliest mask is applied to the *original* weights. The LoRA update, made to judge masks, is thrown away.
  4. The shallow student recovers by imitating the teacher's output and its hidden states, outliers left out.
 
-How to run (the README has full scale and the rest).
+How to run (full scale and the rest: README).
     python tinyfusion.py                      the whole story on toy digits, a few minutes on a laptop, into runs/toy
     python tinyfusion.py --data FOLDER        the same on your images, one sub-folder per class
     python tinyfusion.py --help               every flag
@@ -111,7 +111,7 @@ class TimestepEmbedder(nn.Module):
 
 class LabelEmbedder(nn.Module):
     """Class labels (B,) to vectors (B, D). In training mode a label becomes the null label, which means "no class",
-    with probability `dropout_prob`; that is what makes classifier-free guidance possible.
+    with probability `dropout_prob`; `forward_with_cfg` needs a model of "no class".
 
     The null label is `num_classes`, the last row of the table; without dropout there is no such row. With hidden_size
     None there is no table, and the labels (B,) themselves are returned (for MAR, Chapter 6)."""
@@ -311,10 +311,10 @@ class DiT(nn.Module):
 # Step t of 1000 adds noise of variance beta_t. The product of 1 - beta up to t, abar_t ("alpha bar"), is the share of
 # the image's variance that is left. Training: mix an image x_0 with noise, x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t)
 # noise, and have the model predict the noise. Sampling: start from noise and walk t down to 0; each step removes a
-# little of the predicted noise (DDPM, arXiv:2006.11239; DDIM, arXiv:2010.02502, is the same walk without fresh noise,
-# good in fewer steps). The variance of a step is learned too: v, the second half of the model's output channels,
-# interpolates in log space between the smallest and the largest sensible value (arXiv:2102.09672). Schedule and losses
-# have the values of the official code.
+# little of the predicted noise and adds a little fresh noise (DDPM, arXiv:2006.11239; DDIM, arXiv:2010.02502, is the
+# same walk without fresh noise, good in fewer steps). The variance of a step is learned too: v, the second half of the
+# model's output channels, interpolates in log space between the smallest and the largest sensible value
+# (arXiv:2102.09672). Schedule and losses have the values of the official code.
 # ---------------------------------------------------------------------------------------------------------------------
 
 def mean_flat(x):
@@ -340,7 +340,7 @@ def discretized_gaussian_log_likelihood(x, mean, log_variance):
 
 
 def noise_for(x0, t):
-    """Standard normal noise for images x0 (B, C, H, W) at times t: (len(t), C, H, W). len(t) is B, but for MAR."""
+    """Standard normal noise for images x0 (B, C, H, W) at times t: (len(t), C, H, W). len(t) is B, except in MAR."""
     return torch.randn(len(t), *x0.shape[1:], device=x0.device)
 
 
@@ -355,7 +355,7 @@ class Objective:
         sample(model, y, draw, steps, guidance, ...)              images (B, C, H, W) of the classes y (B,)
 
     Losses are float32 whatever the output is. draw() returns fresh standard normal noise (B, C, H, W) at every call.
-    (MAR's times are those of tokens, and its draw takes a shape.)"""
+    (In MAR x_t and t are of tokens, (R * B, T, ...), distances are (R * B,), and draw takes a shape: Chapter 6.)"""
 
     def training_losses(self, model, x0, t, y, noise=None):
         """The `losses` of `model(x_t, t, y)`, which is called here. x0 (B, C, H, W), t and y (B,)."""
@@ -470,7 +470,7 @@ class GaussianDiffusion(Objective):
         """Images (B, C, H, W) of the classes y (B,), drawn by `model` (in eval mode).
 
         eta 1 is DDPM with the model's variance; 0 is DDIM, deterministic after the first draw; between them is DDIM's
-        sigma (arXiv:2010.02502, equation 16). Guidance 1 runs the model on the batch, any other on two.
+        sigma (arXiv:2010.02502, equation 16). Guidance 1 runs the model on the batch, any other on 2 B inputs.
         dtype: that of the model's matrix products, as in `autocast` (Chapter 9). Raises ValueError for other eta.
         """
         if not 0 <= eta <= 1:
@@ -508,14 +508,15 @@ class GaussianDiffusion(Objective):
 # Chapter 3. The layer sampler
 #
 # A mask m decides for every block whether it is used. Written as a blend, x <- m * block(x) + (1 - m) * x, the loss
-# has a gradient for m, dloss/dm, though m is only ever 0 or 1. Searching all 40 million masks of DiT-XL is hopeless.
-# So the blocks are cut into K local groups of M consecutive ones, and each group keeps N of its own: p(m) = p(m_1) ...
-# p(m_K), each a categorical distribution over the (M choose N) candidates of its group, with one learned logit per
-# candidate. A draw is discrete and has no gradient. The straight-through Gumbel-Softmax (arXiv:1611.01144) draws it as
-# the arg max of logits + Gumbel noise, which takes each candidate with exactly its softmax probability, and it lets
-# the gradient pass as if the arg max had been a softmax of temperature tau. So one backward pass estimates for every
-# candidate, drawn or not, whether the loss would rather have it more often. For that it needs dloss/dm of dropped
-# blocks too, which is why they are run at all while a mask is learned.
+# has a gradient for m, dloss/dm, though m is only ever 0 or 1. To learn a probability for each of DiT-XL's 40 million
+# masks is hopeless. So the blocks are cut into K local groups of M consecutive ones, and each group keeps N of its
+# own. With m_k for the mask of group k, p(m) = p(m_1) ... p(m_K), each a categorical distribution over the (M choose
+# N) candidates of its group, with one learned logit (a probability's logarithm, up to a constant) per candidate. A
+# draw is discrete and has no gradient. The straight-through Gumbel-Softmax (arXiv:1611.01144) draws it as the arg max
+# of logits + Gumbel noise, random numbers by which each candidate wins with exactly its softmax probability, and it
+# lets the gradient pass as if the arg max had been a softmax of temperature tau. So one backward pass estimates for
+# every candidate, drawn or not, whether the loss would rather have it more often. For that it needs dloss/dm of
+# dropped blocks too, which is why they are run at all while a mask is learned.
 # ---------------------------------------------------------------------------------------------------------------------
 
 def masked_forward(blocks, x, *args, mask=None, hidden=()):
@@ -534,7 +535,7 @@ def masked_forward(blocks, x, *args, mask=None, hidden=()):
     blocks: any sequence of modules that map (B, ...) to (B, ...), each example by itself; args: further arguments of
     every block, as in `rows_of`; mask (B, L) of zeros and ones (more than 0.5 counts as 1), or None to run all. Returns
     x and the list of outputs of the blocks whose numbers are in `hidden`, in depth order. The weights of a block
-    that no example keeps get no gradient (None) where the formula gives zeros. Raises ValueError for another mask.
+    that no example keeps get no gradient (None) where the formula gives zeros. Raises ValueError for other shapes.
     Source: the paper's differentiable layer sampling; the skip is ours.
     """
     if mask is not None:
@@ -564,7 +565,7 @@ def kept_and_dropped(mask):
 
 
 def rows_of(arguments, rows, B):
-    """The arguments of a block for the examples number `rows` alone. Tensors (B, ...), also inside tuples, lists and
+    """The arguments of a block for the examples in `rows` alone. Tensors (B, ...), also inside tuples, lists and
     dicts, are per example; everything else is shared by all examples and stays whole. So no shared tensor may have B as
     its first dimension."""
     def pick(tensor):
@@ -734,7 +735,7 @@ def make_sampler(groups):
 # ---------------------------------------------------------------------------------------------------------------------
 # Chapter 4. Recoverability: learning the mask as if fine-tuning had begun
 #
-# The denoising loss of a masked, untouched model says how much dropping those blocks hurts now. We want the loss after
+# The training loss of a masked, untouched model says how much dropping those blocks hurts now. We want the loss after
 # the fine-tuning to come. We cannot have it, so we approximate it. Gradient steps on
 #
 #        E_x E_{m ~ p} [ loss(x; Phi + dPhi, m) ]
@@ -742,7 +743,7 @@ def make_sampler(groups):
 # train the logits of the distribution p and, along with them, a weight update dPhi. All masks share it, so it is a
 # rough and cheap stand-in for each one's own fine-tuning. It is low-rank (LoRA, arXiv:2106.09685), about 0.9 % of
 # DiT-XL's parameters. After learning it is thrown away, and `prune` applies the likeliest mask to the original weights.
-# (`train`, Chapter 9, is a loop of AdamW; its loss(step) returns a scalar and a dict of numbers to report.)
+# (`train`, Chapter 9, loops AdamW; its loss_fn(step) returns a scalar and a dict of numbers to report.)
 # ---------------------------------------------------------------------------------------------------------------------
 
 def is_linear(module):
@@ -813,7 +814,7 @@ def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=
     "lora", "full" (all weights train) or "frozen" (none do): the rows of the paper's Table 4. rank and alpha are those
     of `add_lora`, scale that of `LayerSampler`; tau falls linearly from tau[0] to tau[1]: from a quiet gradient to a
     truer one. Works on a copy; prepare(copy) is called first, for example to compile its blocks. on_step and loop, more
-    arguments, are those of `train`. The defaults are the paper's for DiT-XL, but no weights are averaged. Returns the
+    arguments, are those of `train`. The defaults are the paper's for DiT-XL, but without EMA (Chapter 9). Returns the
     sampler and its history, a list of (step, keep_probability). Raises ValueError for an unknown update, a model with
     no trainable weights, or a loss without the mask. Source: the paper's joint optimisation of mask and update."""
     if update not in ("lora", "full", "frozen"):
@@ -916,7 +917,7 @@ def prune(model, kept, lists=None):
 # and the student imitates the teacher's output and its hidden states. The latter needs care. A few numbers in a
 # diffusion transformer's hidden states are enormous ("massive activations", arXiv:2402.17762); they dominate a squared
 # error, and training on them diverges (the paper's Table 5). So entries more than k = 2 standard deviations from the
-# mean, in either model, are left out, and with them some ordinary ones (this has nothing to do with masks of blocks):
+# mean, in either model, are left out (masked; no mask of blocks is meant), and with them some ordinary ones:
 #
 #        loss = 0.9 * KD + 0.1 * denoising + beta * features,      beta falling linearly to 0
 #
@@ -1364,7 +1365,7 @@ class MaskedAutoregression(Objective):
     def sample(self, model, y, draw, steps=64, guidance=1.0, head_steps=100, temperature=1.0, clip_denoised=False,
                dtype=None):
         """Images (B, C, H, W) of the classes y (B,), in `steps` steps, each of which draws some tokens in a random
-        order: after step i of n, floor(T cos(pi/2 (i + 1) / n)) are left, and at least one fewer than before.
+        order: after i steps, floor(T cos(pi/2 i / steps)) are left, and at least one fewer than before.
 
         draw(*shape): noise (B, *shape). Guidance acts on all of a token and grows linearly with the share of drawn
         tokens; head_steps: steps of the head's diffusion; temperature: a factor of its noise; dtype: of the blocks.
