@@ -1522,7 +1522,7 @@ class Data(InFolder):
 
 
 class Training(InFolder):
-    """The loop: averages, several processes, stopping and going on."""
+    """The loop: averages, compiling, stopping and going on."""
 
     def test_the_rate_warms_up_and_falls_along_a_cosine_and_an_unused_weight_has_a_gradient_of_zeros(self):
         model, rates = nn.Linear(1, 1), []
@@ -1551,15 +1551,18 @@ class Training(InFolder):
         self.enterContext(mock.patch.object(nn.Module, "compile", compiling))
         self.enterContext(torch._dynamo.config.patch(fail_on_recompile_limit_hit=True))
         teacher, diffusion, data = tiny_dit(num_classes=10), tf.GaussianDiffusion(), tf.toy_digits(200, size=8)
-        for _ in range(2):                       # the second run has its graphs too
+
+        def learn():
             loss_fn = tf.masked_denoising(diffusion, tf.data_batches(data, 12, 0))
             tf.learn_layers(teacher, loss_fn, [(1, 2)] * 2, 10, prepare=tf.compile_blocks)
-            self.assertTrue(0 < len(graphs) <= 8, len(graphs))
-            student = tf.prune(teacher, [0, 3])
-            graphs.clear()
-            for model in (teacher, student):
+
+        def recover():
+            compiled, student = copy.deepcopy(teacher), tf.prune(teacher, [0, 3])
+            for model in (compiled, student):
                 tf.compile_blocks(model)
-            tf.recover(student, teacher, diffusion, tf.data_batches(data, 12, 0), [(0, 1), (1, 3)], 5)
+            tf.recover(student, compiled, diffusion, tf.data_batches(data, 12, 0), [(0, 1), (1, 3)], 5)
+        for stage in (learn, recover, learn):    # the last one in a process has its graphs too
+            stage()
             self.assertTrue(0 < len(graphs) <= 8, len(graphs))
             graphs.clear()
 
@@ -1571,66 +1574,17 @@ class Training(InFolder):
         with self.assertRaisesRegex(RuntimeError, "illegal memory access"):
             tf.guarded("x", mock.Mock(side_effect=RuntimeError("CUDA error: an illegal memory access was encountered")))
 
-    def test_parts_of_a_batch_and_two_processes_have_the_gradients_of_the_whole_batch(self):
-        """And two processes that are stopped and go on end bit for bit like two that never were, and draw as one."""
-        steps, two, stopped = STEPS.format(4) + "--device cpu", self.folder / "two", self.folder / "stopped"
-        (self.folder / "script.py").write_text(
-            f"import contextlib, functools, itertools, sys, torch, tinyfusion as tf, {Path(__file__).stem} as t\n"
-            "from pathlib import Path\n"
-            "run_stages, data_batches = tf.run_stages, tf.data_batches\n"
-            "def first(run):\n"               # within the group of the run of main, below
-            "    tf.processes, tf.run_stages = contextlib.nullcontext, run_stages\n"
-            "    found = [t.fixed_gradients(1), t.fixed_gradients(2)]\n"
-            "    tf.write_file(sys.argv[1], lambda file: torch.save(found, file))\n"
-            "    stopped = [t.TINY, Path(sys.argv[2]), '--stages teacher,learn,recover', sys.argv[4]]\n"
-            "    assert 'cannot be cut into 2 parts' in t.call(*stopped, '--batch-size 7')[2]\n"
-            "    tf.data_batches = lambda *args: itertools.islice(data_batches(*args), 2)\n"
-            "    with contextlib.suppress(StopIteration):\n"
-            "        t.call(*stopped)\n"
-            "    tf.data_batches = data_batches\n"
-            "    status, said, _ = t.call(*stopped)\n"
-            "    assert status == 0 and said.count('from step 1') == 1, (status, said)\n"
-            "    run_stages(run)\n"
-            "tf.run_stages = first\n"
-            "tf.train_judge = functools.partial(tf.train_judge, steps=20)\n"
-            "assert tf.main(t.split(t.TINY, Path(sys.argv[3]), sys.argv[4])) == 0\n"
-            "threads = [path.read_text() for path in Path('/proc/self/task').glob('*/comm')]\n"
-            "assert 'gloo' not in str(threads), 'threads of the group, left over, can crash the end of a process'\n")
-        said = torchrun(self.folder / "script.py", self.folder / "gradients", stopped, two, steps)
-        self.assertEqual(said.count("kept blocks"), 1, "one process speaks")
-        whole, ((*weights,),) = fixed_gradients()
-        cases = [fixed_gradients(2), *load(self.folder / "gradients")]
-        self.assertEqual([len(trained) for _, trained in cases], [1, 2, 2])
-        for found, trained in cases:
-            for step, (ours, theirs) in enumerate(zip(whole, found, strict=True)):
-                torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5 * (1 + step))
-            for process in trained:
-                torch.testing.assert_close(process, trained[0], rtol=0, atol=0)
-                torch.testing.assert_close(process, weights, rtol=1e-3, atol=1e-3)
-        for name in ("teacher.pt", "student.pt"):
-            self.assert_same(load(two / name)["ema"], load(stopped / name)["ema"])
-        by_two = tf.read_json(two / "results.json")
-        (two / "results.json").unlink()
-        with mock.patch.object(tf, "train_judge", functools.partial(tf.train_judge, steps=20)):
-            self.assertEqual(call(TINY, two, steps)[0], 0)
-        by_one = tf.read_json(two / "results.json")
-        for name, row in by_one["rows"].items():
-            for key in ("fid", "accuracy", "precision", "loss"):
-                self.assertLess(abs(by_two["rows"][name][key] - row[key]), 1e-2 * (1 + row[key]), (name, key))
-
     def test_a_run_killed_again_and_again_ends_bit_for_bit_like_one_never_stopped(self):
-        """And Ctrl-C and SIGTERM end it in one line."""
+        """And SIGTERM, which is handled as Ctrl-C is, ends it in one line."""
         words = STEPS.format(15) + "--stages teacher,learn,recover"
         whole, killed = self.folder / "whole", self.folder / "killed"
         self.assertEqual(call(TINY, whole, words)[0], 0)
-        often = ("import signal, sys, tinyfusion as tf; tf.SAVE_EVERY = 2; "
-                 "signal.signal(signal.SIGINT, signal.default_int_handler); "         # ignored if tests run by nohup &
-                 "sys.exit(tf.main())")
-        ways = ((signal.SIGKILL, ["-c", often]), (signal.SIGTERM, [tf.__file__]), (signal.SIGINT, ["-c", often]))
+        often = "import sys, tinyfusion as tf; tf.SAVE_EVERY = 2; sys.exit(tf.main())"
+        ways = ((signal.SIGKILL, ["-c", often]), (signal.SIGTERM, [tf.__file__]))
 
         def states():
             return {path.name: path.stat().st_mtime_ns for path in killed.glob("*.pt")}
-        for (number, program), seconds in zip(ways, np.random.default_rng(0).uniform(0, 0.4, 3)):
+        for (number, program), seconds in zip(ways, np.random.default_rng(0).uniform(0, 0.4, 2)):
             before = states()
             run = subprocess.Popen([sys.executable, *program, *split(TINY, killed, words)], env=ENVIRONMENT,
                                    text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -1781,6 +1735,57 @@ class Quick(InFolder):
         return out
 
 
+class Processes(Quick):
+    """torchrun."""
+
+    def test_parts_of_a_batch_and_two_processes_have_the_gradients_of_the_whole_batch(self):
+        """And two processes that are stopped and go on end bit for bit like two that never were, and draw as one."""
+        steps, two, stopped = STEPS.format(4) + "--device cpu", self.folder / "two", self.folder / "stopped"
+        (self.folder / "script.py").write_text(
+            f"import contextlib, functools, itertools, sys, torch, tinyfusion as tf, {Path(__file__).stem} as t\n"
+            "from pathlib import Path\n"
+            "run_stages, data_batches = tf.run_stages, tf.data_batches\n"
+            "def first(run):\n"               # within the group of the run of main, below
+            "    tf.processes, tf.run_stages = contextlib.nullcontext, run_stages\n"
+            "    found = [t.fixed_gradients(1), t.fixed_gradients(2)]\n"
+            "    tf.write_file(sys.argv[1], lambda file: torch.save(found, file))\n"
+            "    stopped = [t.TINY, Path(sys.argv[2]), '--stages teacher,learn,recover', sys.argv[4]]\n"
+            "    assert 'cannot be cut into 2 parts' in t.call(*stopped, '--batch-size 7')[2]\n"
+            "    tf.data_batches = lambda *args: itertools.islice(data_batches(*args), 2)\n"
+            "    with contextlib.suppress(StopIteration):\n"
+            "        t.call(*stopped)\n"
+            "    tf.data_batches = data_batches\n"
+            "    status, said, _ = t.call(*stopped)\n"
+            "    assert status == 0 and said.count('from step 1') == 1, (status, said)\n"
+            "    run_stages(run)\n"
+            "tf.run_stages = first\n"
+            "tf.toy_digits = functools.partial(tf.toy_digits, 64)\n"
+            "tf.train_judge = functools.partial(tf.train_judge, steps=5)\n"
+            "assert tf.main(t.split(t.TINY, Path(sys.argv[3]), sys.argv[4])) == 0\n"
+            "threads = [path.read_text() for path in Path('/proc/self/task').glob('*/comm')]\n"
+            "assert 'gloo' not in str(threads), 'threads of the group, left over, can crash the end of a process'\n")
+        said = torchrun(self.folder / "script.py", self.folder / "gradients", stopped, two, steps)
+        self.assertEqual(said.count("kept blocks"), 1, "one process speaks")
+        whole, ((*weights,),) = fixed_gradients()
+        cases = [fixed_gradients(2), *load(self.folder / "gradients")]
+        self.assertEqual([len(trained) for _, trained in cases], [1, 2, 2])
+        for found, trained in cases:
+            for step, (ours, theirs) in enumerate(zip(whole, found, strict=True)):
+                torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5 * (1 + step))
+            for process in trained:
+                torch.testing.assert_close(process, trained[0], rtol=0, atol=0)
+                torch.testing.assert_close(process, weights, rtol=1e-3, atol=1e-3)
+        for name in ("teacher.pt", "student.pt"):
+            self.assert_same(load(two / name)["ema"], load(stopped / name)["ema"])
+        by_two = tf.read_json(two / "results.json")
+        (two / "results.json").unlink()
+        self.story(two, steps)
+        by_one = tf.read_json(two / "results.json")
+        for name, row in by_one["rows"].items():
+            for key in ("fid", "is", "loss"):
+                self.assertLess(abs(by_two["rows"][name][key] - row[key]), 1e-2 * (1 + row[key]), (name, key))
+
+
 class Laboratory(Quick):
     """Older criteria, and the comparison with them."""
 
@@ -1866,6 +1871,7 @@ class Laboratory(Quick):
             teacher = run.load(run.teacher_path).x_embedder.proj.weight[0, 0, 0, 0].abs().item()
             return [0, 3], teacher, 1.0, run.args.seed + 1
         words = "--compare criteria --teacher-steps 2"
+        self.enterContext(mock.patch.object(tf, "CRITERIA", {}))
         with mock.patch.object(tf, "outcome", made_up):
             self.story(self.folder / "several", words, "--teachers 2")
         self.story(self.folder / "one", "--seed 1 --stages teacher --teacher-steps 2")
@@ -2102,10 +2108,7 @@ def bench():
     name, sizes, steps = ("DiT-XL/2", (32, 128), 10) if GPU else ("DiT-S/2", (8,), 1)
     device = tf.pick_device(None)
     with device:
-        model = tf.DiT_models[name]().eval()
-    for p in model.parameters():                 # the official start is the zero function
-        if p.requires_grad and not p.any():
-            nn.init.normal_(p, std=0.02)
+        model = lively(tf.DiT_models[name](), std=0.02)
     kept = list(range(0, len(model.blocks), 2))
     diffusion, groups, student = tf.GaussianDiffusion(), [(1, 2)] * len(kept), tf.prune(model, kept)
     pairs = tf.match_blocks(groups, kept)
@@ -2140,6 +2143,7 @@ def bench():
         return lambda: diffusion.sample(net, batch[1], lambda: torch.randn_like(batch[0]), steps=4, guidance=1.5)
 
     def race_all(title, jobs, steps):            # with every size of a batch
+        jobs = {name: job for name, job in jobs.items() if GPU or "compiled" not in name}
         for size in sizes:
             batch[:] = torch.randn(size, 4, 32, 32, device=device), torch.arange(size, device=device)
             race(f"{title}, batch {size}", jobs, steps)
@@ -2148,15 +2152,13 @@ def bench():
             print(f"{title}: {graphs} graphs compiled, breaks: {breaks}")
         counters.clear()
 
-    jobs = {"dense": learning(dense), "skip": learning()}
-    more = {"skip, compiled": learning(prepare=tf.compile_blocks)} if GPU else {}
-    race_all("learning", jobs | more, steps)
-    jobs = {"masked KD": recovery(student, model), "no KD": recovery(student, model, "none")}
-    more = {"masked KD, compiled": recovery(compiled(student), compiled(model))} if GPU else {}
-    race_all("recovery", jobs | more, steps)
-    jobs = {f"{len(net.blocks)} blocks": sampling(net) for net in (model, student)}
-    more = {f"{name}, compiled": sampling(compiled(net)) for name, net in zip(jobs, (model, student)) if GPU}
-    race_all("sampling", jobs | more, 4)
+    race_all("learning", {"dense": learning(dense), "skip": learning(),
+                          "skip, compiled": learning(prepare=tf.compile_blocks)}, steps)
+    race_all("recovery", {"masked KD": recovery(student, model), "no KD": recovery(student, model, "none"),
+                          "masked KD, compiled": recovery(compiled(student), compiled(model))}, steps)
+    race_all("sampling", {"teacher": sampling(model), "student": sampling(student),
+                          "teacher, compiled": sampling(compiled(model)),
+                          "student, compiled": sampling(compiled(student))}, 4)
 
     rng = np.random.default_rng(0)
     one, other = (rng.normal(size=(6000, 2048)) * rng.uniform(0.5, 2, 2048) for _ in range(2))

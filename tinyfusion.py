@@ -71,7 +71,6 @@ from pathlib import Path
 
 import numpy as np
 import scipy.linalg
-import scipy.stats
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -3079,6 +3078,7 @@ def compare(runs, every_mask=False, seeds=(0, 1, 2)):
     print_table(["method", "kept blocks (first seed)", "loss after pruning", "loss after recovery",
                  "toy-FID after recovery", "no-groups minus it", "better masks"], rows)
     if masks:
+        import scipy.stats                       # here, because it takes a second
         losses = [np.mean(found[mask][1]) for mask in masks]
         correlation = scipy.stats.spearmanr(losses, [fids[mask] for mask in masks]).statistic
         print(f"\nSpearman's correlation of loss after pruning and toy-FID over {len(masks)} masks: {correlation:.2f}")
