@@ -1625,6 +1625,9 @@ class Files(InFolder):
             tf.draw_losses(self.folder / "losses.png", self.folder / "log.jsonl")
         self.assertEqual(axes.call_args.args[4], [(1, 1), (2, 2), (3, 3)])
         self.assert_picture(self.folder / "losses.png")
+        with mock.patch.object(tf, "text") as text:
+            tf.axes(Image.new("RGB", (9, 9)), 0, 0, 9, [(400_000, 0.04)], ("x", "y"), (False, True))
+        self.assertEqual(len({call.args[2] for call in text.call_args_list}), 12, "five ticks on both axes differ")
         self.assertEqual(tf.spread([1.0], 1), "1.0 (1 seed)")
 
     def test_a_full_disk_or_a_signal_amid_a_write_leaves_the_old_file_and_no_other(self):

@@ -2464,9 +2464,12 @@ def axes(sheet, left, top, side, points, names, logarithmic):
     def scaled(point):
         return np.array([math.log(value) if log else value for value, log in zip(point, logarithmic)])
 
-    low = scaled(np.min(points, axis=0))
-    high = scaled(np.max(points, axis=0))
-    margin = 0.05 * (high - low) + 1e-3          # a single point has a range too
+    low = np.min(points, axis=0)
+    high = np.max(points, axis=0)
+    narrow = high < 1.1 * low                    # the labels of the ticks have three digits, and must differ
+    low = scaled(np.where(narrow, 0.95 * low, low))
+    high = scaled(np.where(narrow, 1.05 * high, high))
+    margin = 0.05 * (high - low)
 
     def place(x, y):
         across, up = (scaled((x, y)) - low + margin) / (high - low + 2 * margin) * side
