@@ -1319,7 +1319,9 @@ class Measuring(InFolder):
         stop = 4
         with self.assertRaises(KeyboardInterrupt):
             rows(self.folder / "stopped")
+        written = {path: path.stat().st_mtime_ns for path in (self.folder / "stopped").iterdir()}
         self.assertEqual(rows(self.folder / "stopped"), whole)
+        self.assertEqual({path: path.stat().st_mtime_ns for path in written}, written, "no file is written twice")
         self.assertEqual(drawn, every[:4] + every[3:])
 
 
@@ -1437,6 +1439,8 @@ class Data(InFolder):
             refused(self.folder / "files", "11.npy: an array")
         (features / "11.npy").write_bytes(b"torn")
         refused(self.folder / "files", "11.npy")
+        np.save(labels / "99.npy", np.array([1]))
+        refused(self.folder / "files", "labels/99.npy has no file")
         (labels / "1.npy").unlink()
         refused(self.folder / "files", "^[^:]*labels/1.npy: [^:]*: '[^:]*$")            # the reason once
         save_images(self.folder / "images" / "a", 2, 8, 8)
@@ -1855,7 +1859,8 @@ class Laboratory(Quick):
             calls.clear()
             with mock.patch.object(tf, "recover", watched):
                 stop = 5
-                self.assertEqual(call(TINY, self.folder / what, *words, what)[0], 130)
+                status, said, _ = call(TINY, self.folder / what, *words, what)
+                self.assertEqual((status, "and another --out" in said), (130, bool(diverging)))
                 stop, diverging = None, ()
                 out = self.story(self.folder / what, *words, what)
                 self.assertEqual(len(calls), 1 + 2 * (5 + masks) + 3 * (what == "criteria"))
@@ -1875,8 +1880,10 @@ class Laboratory(Quick):
             return [0, 3], teacher, 1.0, run.args.seed + 1
         words = "--compare criteria --teacher-steps 2"
         self.enterContext(mock.patch.object(tf, "CRITERIA", {}))
+        torch.jit.script(StandIn()).save(self.folder / "net.pt")
         with mock.patch.object(tf, "outcome", made_up):
-            self.story(self.folder / "several", words, "--teachers 2")
+            out = self.story(self.folder / "several", words, "--teachers 2 --inception", self.folder / "net.pt")
+        self.assertIn("| FID after recovery |", out)
         self.story(self.folder / "one", "--seed 1 --stages teacher --teacher-steps 2")
         teachers = [load(path)["ema"] for path in (self.folder / "several/teacher.pt", self.folder / "one/teacher.pt",
                                                    self.folder / "several/teacher-1/teacher.pt")]
@@ -2008,7 +2015,8 @@ class CommandLine(Quick):
                 ("cut into 3 parts", "--accumulate 3"), ("unrecognized", "--nonsense"),
                 ("one per token", "--model MAR-toy --sample-steps 17"), ("--samples", "--samples 3"),
                 ("more than 1,000", "--model toy-28 --compare all"), ("shortgpt", "--criterion best"),
-                ("--vae is for latents", "--vae x"), ("toy-FID does not use --ref", "--ref x"),
+                ("--vae is for latents", "--vae x"), ("does not use --vae", "--stages learn --vae x"),
+                ("toy-FID does not use --ref", "--ref x"),
                 ("--criterion does not use --learn-lr", "--criterion oracle --learn-lr 1"),
                 ("--update frozen does not use --learn-lr", "--update frozen --learn-lr 1"),
                 ("--compare does not use --stages", "--compare all --stages measure"),
@@ -2049,6 +2057,9 @@ class CommandLine(Quick):
         self.assertFalse((folder / "x" / "teacher.pt").exists(), "said before the work")
         self.refused("--vae, --inception and --ref", TINY, folder / "y", *data)
         self.refused("takes (4, 4, 4)", TINY, folder / "y", *ckpt)
+        model = tiny_dit(input_size=16, num_classes=10, class_dropout_prob=0)
+        tf.save_checkpoint(folder / "unguided.pt", model, "ddpm", {}, list("0123456789"))
+        self.refused("only guidance 1", TINY, folder / "y", "--ckpt", folder / "unguided.pt")
 
     def test_a_sit_runs_from_the_command_line_and_its_checkpoints_tell(self):
         run, drawn = self.folder / "sit", []

@@ -1,7 +1,7 @@
 """TinyFusion: a diffusion transformer learns which of its layers it can do without.  One file, top to bottom.
 
 The problem.  A diffusion transformer draws an image by running its L residual blocks one after another, hundreds of
-times. With half the blocks it runs about twice as fast. But which half? DiT-XL, of 28 blocks, has about 40 million
+times. With half the blocks it runs up to twice as fast. But which half? DiT-XL, of 28 blocks, has about 40 million
 choices, and the obvious test, "drop what hurts least now", picks badly: the model is fine-tuned after pruning, so what
 counts is how well a choice *recovers*, and the loss right after pruning says little about that (Table 3 of the paper).
 
@@ -549,7 +549,7 @@ def masked_forward(blocks, x, *args, mask=None, hidden=()):
             def run(some):                       # the block for some examples; a tuple of one output
                 return (block(*rows_of((x, *args), some, len(mask))),)
 
-            (x,) = masked_block(run, (x,), mask[:, i], *rows[i])
+            (x,) = masked_block(run, (x,), mask[:, i], *rows[i])             # x <- m * block(x) + (1 - m) * x
         if i in hidden:
             features.append(x)
     return x, features
@@ -1243,7 +1243,8 @@ class MAR(nn.Module):
             "dropout": dropout}
         vars(self).update(self.sizes)
         self.num_tokens = (input_size // patch_size) ** 2
-        T, D = self.num_tokens, hidden_size
+        T = self.num_tokens
+        D = hidden_size
         token_dim = in_channels * patch_size ** 2
 
         def learned(*shape):
@@ -1282,7 +1283,8 @@ class MAR(nn.Module):
         example, and labels y (B,), to z (B, T, D) and the outputs of the `hidden` blocks, (B, buffer + known, D) in the
         encoder, (B, buffer + T, D) in the decoder. Raises ValueError where examples differ in the number of known
         tokens."""
-        B, E = len(x), len(self.encoder_blocks)
+        B = len(x)
+        E = len(self.encoder_blocks)
         if (known.sum(1) != known[0].sum()).any():
             raise ValueError("expected the same number of known tokens in every example of a batch")
         readable = torch.cat([known.new_ones(B, self.buffer_size), known], 1)
@@ -1674,7 +1676,7 @@ def measure(models, labels, draw, look, real, folder, batch_size=50):
     first = next(iter(seconds.values()))
     rows, stats = {}, {}
     for name, model in models.items():
-        stats[name] = statistics([(batch["features"], batch["p"]) for batch in found[name]])
+        stats[name] = statistics([(batch["features"], batch["p"]) for batch in found.pop(name)])
         rows[name] = {"depth": len(model.blocks), "parameters": sum(w.numel() for w in model.parameters()),
                       **compare_statistics(stats[name], real, next(model.parameters()).device),
                       "images_per_second": 1 / float(np.median(seconds[name])),
@@ -1880,6 +1882,9 @@ def open_data(folder, size):
         label = folder / "imagenet256_labels" / path.name
         with reading(label, "one label"):
             labels.append(load_arrays(label).item())
+    unused = {path.name for path in (folder / "imagenet256_labels").glob("*.npy")} - {path.name for path in files}
+    if unused:
+        raise UserError(f"{folder}: imagenet256_labels/{min(unused)} has no file of the same name in the features")
     return open_latents(NpyFiles(files), np.array(labels), folder)
 
 
@@ -2507,11 +2512,11 @@ def draw_losses(path, log_file):
     write_png(path, sheet)
 
 
-def draw_recoverability(path, dots):
-    """recoverability.png: the loss after pruning against the toy-FID after recovery. dots: {(loss, toy-FID): names} of
-    every choice of blocks that was recovered."""
+def draw_recoverability(path, dots, distance):
+    """recoverability.png: the loss after pruning against the distance, FID or toy-FID, after recovery. dots: {(loss,
+    FID): names} of every choice of blocks that was recovered."""
     sheet = Image.new("RGB", (780, 680), "white")
-    names = ("loss right after pruning (logarithmic)", "toy-FID after recovery (logarithmic, lower is better)")
+    names = ("loss right after pruning (logarithmic)", f"{distance} after recovery (logarithmic, lower is better)")
     place = axes(sheet, 90, 50, 560, list(dots), names, (True, True))
     for dot, methods in sorted(dots.items(), key=lambda dot: len(dot[1])):   # the named ones on top
         x, y = place(*dot)
@@ -2618,6 +2623,8 @@ class Run:
             raise UserError(f"--sample-steps {args.sample_steps}: expected up to {model.num_tokens}, one per token")
         if args.samples < 4:
             raise UserError(f"--samples {args.samples}: expected 4 or more")
+        if args.guidance != 1:
+            model.y_embedder.null_labels(data.labels)        # raises ValueError where the model has none
         if args.vae and not data.latent:
             raise UserError("--vae is for latents: leave it out")
         if args.image_size and data.latent:
@@ -2868,7 +2875,7 @@ def run_stage(run, stage):
             rates = [f"--{rate.replace('_', '-')}" for rate, its_stage in RATES.items() if its_stage == stage]
             lower = f"a lower {' or '.join(rates)}"
             advice = f"the same command with {lower} goes on from step {TrainingState(state).step}"
-            if run.args.teachers > 1:            # which all have the same rates
+            if run.args.teachers > 1 or run.args.compare and stage != "teacher":         # several have the same rates
                 advice = f"give {lower} and another --out"
             raise NonFiniteLoss(f"{stage}: {error}; {advice}") from None
     state.unlink(missing_ok=True)
@@ -3035,7 +3042,7 @@ def spread(values, digits):
 
 def outcome(run):
     """Run what is missing of a `Run.branch`. Returns the kept blocks, the loss right after pruning, and the loss and
-    the toy-FID after recovery."""
+    the FID or toy-FID after recovery."""
     for stage in ("learn", "recover", "measure"):
         run_stage(run, stage)
     pruned = calibration_loss(run.load(run.teacher_path), run.diffusion, run.examples, run.kept())
@@ -3053,7 +3060,7 @@ def compare(runs, every_mask=False, seeds=(0, 1, 2)):
     masks = [",".join(map(str, kept)) for kept in every_choice(runs[0].groups)] if every_mask else []
     choices = ["learned", "no-groups", *CRITERIA, *masks]
     report = progress("compare", len(choices), unit="choices")
-    found = {}                                   # {criterion: [kept, loss after pruning, after recovery, toy-FID]}
+    found = {}                                   # {criterion: [kept, loss after pruning, after recovery, FID]}
     for number, name in enumerate(choices):
         try:
             with contextlib.redirect_stdout(None):           # the stages are not to print
@@ -3076,17 +3083,19 @@ def compare(runs, every_mask=False, seeds=(0, 1, 2)):
             rows.append([name, " ".join(map(str, kept[0])), spread(pruned, 3), spread(recovered, 4), spread(fid, 1),
                          lead, f"{better} of {len(masks)}" if masks else "-"])
     columns = ("kept", "loss_after_pruning", "loss_after_recovery", "fid")
+    distance = "FID" if runs[0].args.inception else "toy-FID"
     out = runs[0].out
     write_json(out / "compare.json", {name: dict(zip(columns, values)) for name, values in found.items()})
     print_table(["method", "kept blocks (first seed)", "loss after pruning", "loss after recovery",
-                 "toy-FID after recovery", "no-groups minus it", "better masks"], rows)
+                 f"{distance} after recovery", "no-groups minus it", "better masks"], rows)
     if masks:
         import scipy.stats                       # here, because it takes a second
         losses = [np.mean(found[mask][1]) for mask in masks]
         correlation = scipy.stats.spearmanr(losses, [fids[mask] for mask in masks]).statistic
-        print(f"\nSpearman's correlation of loss after pruning and toy-FID over {len(masks)} masks: {correlation:.2f}")
+        print(f"\nSpearman's correlation of the loss after pruning with {distance}, over {len(masks)} masks: "
+              f"{correlation:.2f}")
     if dots:
-        draw_recoverability(out / "recoverability.png", dots)
+        draw_recoverability(out / "recoverability.png", dots, distance)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3196,7 +3205,8 @@ def refuse_unread(args, argv):
             (args.ckpt, "--ckpt", {"--teacher-steps", "--teacher-lr", "--teachers"}),
             (args.criterion != "learned", "--criterion", {"--learn-steps", "--learn-lr", "--logits-lr", "--update"}),
             (args.update == "frozen", "--update frozen", {"--learn-lr"}),
-            ("measure" not in args.stages, "--stages without measure", {"--samples", "--inception", "--ref", "--vae"}),
+            ("measure" not in args.stages, "--stages without measure", {"--samples", "--inception", "--ref"}),
+            (not {"teacher", "measure"} & {*args.stages}, "--stages without teacher and measure", {"--vae"}),
             (not args.inception and not args.fid, "toy-FID", {"--ref"})):
         if applies and given & unread:
             raise UserError(f"{what} does not use {', '.join(sorted(given & unread))}: leave it out")
