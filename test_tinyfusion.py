@@ -1815,7 +1815,7 @@ class Laboratory(Quick):
         for block, angle, scale in zip(blocks, (0, 1.0, 0.5, 0), (5, 1, 1, 1)):
             c, s = math.cos(angle) * scale, math.sin(angle) * scale
             block.weight.data = torch.tensor([[c, -s], [s, c]])
-        model = mock.Mock(blocks=blocks, side_effect=lambda x, t, y: blocks(x.view(5, 1, 2)).view(5, 2, 1, 1))
+        model = mock.Mock(blocks=blocks, side_effect=lambda x, t, y, mask: blocks(x.view(5, 1, 2)).view(5, 2, 1, 1))
         examples = [(torch.randn(5, 2, 1, 1), None, torch.arange(5), torch.randn(5, 2, 1, 1))]
         self.assertEqual(tf.shortgpt(model, [(2, 4)], self.diffusion, examples), [1, 3])     # the last one always stays
         self.assertEqual(tf.flux_lite(model, [(2, 4)], self.diffusion, examples), [0, 1])    # 4, 4.8, 2.5 and 0 lengths

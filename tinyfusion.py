@@ -1028,7 +1028,7 @@ def recover(student, teacher, diffusion, batches, pairs, steps, *, kd="masked", 
 #
 # The method needs little from a model: residual blocks, a forward pass that takes a mask of them, and an objective.
 # First comes `set_mask`, which runs a model that is not ours under a mask. Then come two more families of diffusion
-# models, which Chapters 3 to 5 serve as they stand: their objectives and MAR's network. Last comes one row of settings
+# models, which Chapters 3 to 5 serve unchanged: their objectives, and MAR's network. Last comes one row of settings
 # for every model.
 #
 # SiT (arXiv:2401.08740) is DiT's network with another objective, flow matching: x_t lies on the straight line from
@@ -1042,7 +1042,7 @@ def recover(student, teacher, diffusion, batches, pairs, steps, *, kd="masked", 
 #                                     +-> decoder blocks -> z      |
 #     mask tokens for the others -----+                          head: noise -> ... -> that token
 #
-# For Chapters 2 to 5 this is a diffusion in which every token has its own time, and a known token the time -1. The
+# For Chapters 2 to 5 this is a diffusion in which every token has its own time; a known token has time -1. The
 # blocks are expensive and the head is cheap, so a batch passes through the blocks once, and its missing tokens are
 # noised R times. Times t (R * B, T) of B = 2 images of T = 5 tokens, R = 2:
 #
@@ -1072,7 +1072,7 @@ def set_mask(model, mask, lists=None, streams=()):
         if "unmasked_forward" in vars(block):
             del block.forward
             before = vars(block).pop("unmasked_forward")
-            if block.forward != before:          # it was the block's own already: accelerate sets one
+            if block.forward != before:          # the block had a `forward` of its own: accelerate sets one
                 block.forward = before
     if mask is None:
         return
@@ -1372,10 +1372,9 @@ class MaskedAutoregression(Objective):
         tokens; head_steps: steps of the head's diffusion; temperature: a factor of its noise; dtype: of the blocks.
         Raises ValueError for more steps than tokens, or none."""
         T = self.num_tokens
-        P = model.patch_size
         if not 1 <= steps <= T:
             raise ValueError(f"{steps} sampling steps: expected 1 to {T}, because each step draws at least one token")
-        token_dim = model.in_channels * P * P
+        token_dim = model.in_channels * model.patch_size ** 2
         labels = y if guidance == 1 else torch.cat([y, model.y_embedder.null_labels(y)])
         copies = len(labels) // len(y)                                       # 2 under guidance
         order = draw(T).argsort(1)                                           # (B, T)
@@ -1402,7 +1401,7 @@ class MaskedAutoregression(Objective):
                                             clip_denoised=clip_denoised, temperature=temperature, dtype=torch.float32)
             x.scatter_(1, now.unsqueeze(2).expand(-1, -1, token_dim), tokens.view(len(y), -1, token_dim))
             known.scatter_(1, now, True)
-        return F.fold(x.transpose(1, 2), model.input_size, P, stride=P)      # (B, C, H, W)
+        return F.fold(x.transpose(1, 2), model.input_size, model.patch_size, stride=model.patch_size)   # (B, C, H, W)
 
 
 def _dit(depth, hidden_size, num_heads, patch_size=2):
@@ -1467,10 +1466,11 @@ def objective_of(name, model):
 #
 # The Frechet distance compares two sets of images through the mean and covariance of their features under some
 # network: |mu1 - mu2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)). FID takes the features of an Inception network trained on
-# ImageNet. For toy data we train a small classifier on the spot, take its features, and call the result *toy-FID*. It
-# ranks models of one data set. A classifier with other starting weights gives other numbers, almost in the same order.
-# None can be compared with a published FID. Precision is the share of drawn images that look real, recall the share
-# of real ones that could have been drawn, and the inception score says whether images are clear and of all classes.
+# ImageNet. Without --inception we train a small classifier on the data, take its features, and call the result
+# *toy-FID*. It ranks models of one data set. A classifier with other starting weights gives other numbers, almost in
+# the same order. None can be compared with a published FID. Precision is the share of drawn images that look real,
+# recall the share of real ones that could have been drawn, and the inception score says whether images are clear and of
+# all classes.
 #
 # What is known of a set of N images with F features each is a dict of arrays, its statistics: `mu` (F,), `sigma` (F, F)
 # and, where known, `features` (N, F) and class probabilities `p` (N, classes). All features are in memory.
@@ -1603,8 +1603,8 @@ def load_arrays(path, mmap_mode=None):
 
 
 def images_of(path, images):
-    """Batches (B, 1 or 3, H, W), uint8, of the images in a folder and its sub-folders, one at a time since their sizes
-    may differ, or else of `images` (N, H, W, 3), the `arr_0` of an .npz file: 10 GB for 50,000 images of 256x256.
+    """Batches (B, 1 or 3, H, W), uint8. A folder, with its sub-folders, gives one image at a time, since sizes may
+    differ. Else they are of `images` (N, H, W, 3), the `arr_0` of an .npz file: 10 GB for 50,000 images of 256x256.
     Raises UserError where there are no images."""
     if Path(path).is_dir():
         return (torch.from_numpy(read_image(file)[None].copy()) for file in files_in(path))
@@ -1614,17 +1614,17 @@ def images_of(path, images):
 
 
 def statistics_of(path, look=None):
-    """Statistics of the images in a folder or .npz file, seen through `look`. Of an .npz file with `mu` and `sigma`
-    these are used (ADM's reference batches have them, of all of ImageNet), and its `arr_0`, if any, for precision and
-    recall. Raises UserError for a file that has none of these or not enough, and where images need a `look`."""
+    """Statistics of the images in a folder or .npz file, seen through `look`. If an .npz file has `mu` and `sigma`,
+    these are used (in ADM's reference batches they are of all of ImageNet); its `arr_0`, if any, gives the rest. Raises
+    UserError for a file that has none of these or not enough, and where images need a `look`."""
     saved = load_arrays(path) if Path(path).suffix == ".npz" else {}
     known = {name: saved[name] for name in ("mu", "sigma", "settings") if name in saved}
     if not {"mu", "sigma"} <= known.keys() or look and "arr_0" in saved:
         if not look:
             raise UserError(f"{path}: --inception FILE is needed to look at images")
         parts = [look(images) for images in images_of(path, saved.get("arr_0", np.zeros(0)))]
-        if sum(len(p) for _, p in parts) < 2:
-            raise UserError(f"{path}: one image has no covariance; expected more")
+        if sum(len(p) for _, p in parts) < 4:
+            raise UserError(f"{path}: expected 4 images or more")
         known = statistics(parts) | known
     with reading(path, "finite numbers in mu and sigma"):
         for name in ("mu", "sigma"):
@@ -1707,8 +1707,8 @@ class Dataset:
         self.shape = tuple(images[0].shape[-3:])
 
     def read(self, index, mirrored=None):
-        """Examples (B, C, H, W) number index (B,), as floats. Latents are those of the mirror image where mirrored (B,)
-        is 1; images are never mirrored, since a digit would turn into another one, or none."""
+        """Examples (B, C, H, W) of the numbers index (B,), as floats. Where mirrored (B,) is 1, latents are those of
+        the mirror image. Images are never mirrored: a digit would turn into another one, or none."""
         if not self.latent:
             return to_float(self.images[index])
         sides = [0] * len(index) if mirrored is None else mirrored.tolist()
@@ -1769,7 +1769,7 @@ def read_image(path, size=None):
     colour in a PNG of 2, 4 or 16 bits, which Pillow does not scale). Raises UserError, with the file's name, where it
     is not a whole image of 8 or 16 bits."""
     with reading(path, "a whole image of 8 or 16 bits; repair or replace it"), Image.open(path) as image:
-        image.getexif()                          # parsed and kept; the raw bytes go, since odd ones would raise
+        image.getexif()                          # parsed now; odd raw bytes would raise later, so they go
         image.info.pop("exif", None)
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):        # 16 bits a pixel: Pillow's own conversion would clip, not scale
@@ -1818,8 +1818,8 @@ def image_folder(folder, size):
 
 
 def with_classes(data, names):
-    """A Dataset with the classes of a checkpoint, which has learned those called `names`: labels are matched by name,
-    or left as they are where one of the two has only numbers. Raises UserError for a class that is not among them."""
+    """`data` with the classes `names`, which a checkpoint has learned. Labels are matched by name, or left as they are
+    where one of the two has only numbers. Raises UserError for a class that is not among them."""
     def numbered(classes):
         return classes == [str(i) for i in range(len(classes))]
 
@@ -1933,10 +1933,10 @@ class VAE:
 
 
 def encode_images(folder, size, vae, out, settings, batch_size=16):
-    """Write `latents.npy` (N, 2, C, h, w), of every image and its mirror image, `labels.npy` and `classes.json` into
-    `out`, from a folder as in `class_files`. The file has its full size from the start; a counter beside it,
-    latents.json, says how many images are in it, and is deleted at the end. The next call with the same `settings`
-    goes on from there. Raises UserError for other settings, and for a broken image, with its name."""
+    """Encode a folder as in `class_files` into `out`: `latents.npy` (N, 2, C, h, w), of every image and its mirror
+    image, `labels.npy` and `classes.json`. latents.npy has its full size from the start. A counter, latents.json, says
+    how many images are done, and is deleted at the end. A call with the same `settings` goes on from there. Raises
+    UserError for other settings, and for a broken image, with its name."""
     classes, files = class_files(folder)
     out.mkdir(parents=True, exist_ok=True)
     counter = out / "latents.json"
@@ -1975,9 +1975,9 @@ def encode_images(folder, size, vae, out, settings, batch_size=16):
 #
 # One loop serves the teacher, the layers, the student and the judge: AdamW, gradient clipping, and an exponential
 # moving average (EMA) of the weights, from which images are drawn. A long run can be stopped, even killed, at any
-# moment: now and then all else that the next step needs is written to a file, and the run goes on from there. A step's
-# random numbers are seeded from (seed, process, step), and its batch depends on its number, so neither is in the file.
-# On a CPU such a run ends bit for bit where one that was never stopped ends.
+# moment: now and then what the next step needs is written to a file, and the run goes on from there. The file holds no
+# random state and no data: (seed, process, step) seeds a step's random numbers, and its number gives its batch. On a
+# CPU such a run ends bit for bit where one that was never stopped ends.
 #
 # Several GPUs: torchrun starts the whole program once per GPU. Every process takes its share of the rows of every
 # batch; the gradients, of weights, LoRA and logits alike, are averaged, so that all processes take the same step; and
@@ -2020,12 +2020,12 @@ def processes():
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 and not dist.is_torchelastic_launched():
         yield
         return
-    # The first optimizer step would import this, and keep the group alive, whose threads can crash the exit.
+    # If the first optimizer step imported this, it would keep the group alive, and its threads can crash the exit.
     import torch._dynamo
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     with contextlib.redirect_stdout(None if rank() else sys.stdout):         # print says nothing where it is None
         yield
-    dist.destroy_process_group()                 # after an error torchrun ends the others, which would not take part
+    dist.destroy_process_group()                 # not after an error: torchrun ends the others
 
 
 def pick_device(name):
@@ -2162,8 +2162,8 @@ def train(model, loss_fn, steps, *, params=None, lr=1e-4, final_lr_ratio=1.0, wa
 
 def progress(label, steps, log_file=None, unit="steps", first=0):
     """An on_step that prints "label step/steps, loss, speed, time left" every ten seconds and at the end, and appends
-    lines of JSON, a hundred or more if there are as many steps, to `log_file`. Their numbers are means over the latest
-    steps, but the speed is that since the start. first: the step at which the run starts."""
+    lines of JSON to `log_file`, at least a hundred, or one a step where there are fewer. Their numbers are means over
+    the latest steps; the speed is that since the start. first: the step at which the run starts."""
     start = time.perf_counter()
     printed = start
     recent = []                                  # the metrics since the last printed line
@@ -2291,8 +2291,8 @@ def unallocated(build):
 
 
 def config_of(weights):
-    """The arguments of DiT or MAR that fit a state dict of official names, read off its shapes. What no shape shows,
-    the number of heads, is that of the model in PRESETS of the same width. Raises KeyError or ValueError where the
+    """The arguments of DiT or MAR that fit a state dict of official names, read off its shapes. No shape shows
+    the number of heads: it is that of the model in PRESETS of the same width. Raises KeyError or ValueError where the
     weights are of neither."""
     shape = {key: tuple(weight.shape) for key, weight in weights.items()}
 
@@ -2334,14 +2334,14 @@ def preset_name(model, objective):
 
 
 def load_checkpoint(path, device="cpu", name=None):
-    """The model of a checkpoint, in eval mode on `device`, and a dict with its `name` in PRESETS, `config`,
-    `objective`, `sampling` and `classes`.
+    """The model of a checkpoint, in eval mode on `device`, and a dict with its `name` in PRESETS, `objective`,
+    `sampling` and `classes`.
 
     Takes this program's checkpoints, and those of facebookresearch/DiT, of SiT, LTH14/mar and the public TinyFusion
-    code: a plain state dict, or a dict with `ema` or `model_ema` (preferred) or `model`, whose names may start with
-    "module."; the sizes are then read off the shapes. Official SiT checkpoints look like DiT's: pass name="SiT-XL/2".
-    Raises UserError as `read_checkpoint` does, where weights and config disagree, and for a name that does not fit.
-    Nothing is allocated before they have been compared."""
+    code: a plain state dict, or a dict with `ema` or `model_ema` (preferred) or `model`. Names may start with
+    "module."; without `config` the sizes are read off the shapes. Official SiT checkpoints look like DiT's: pass
+    name="SiT-XL/2". Raises UserError as `read_checkpoint` does, where weights and config disagree, and for a name that
+    does not fit. Nothing is allocated before they have been compared."""
     checkpoint = read_checkpoint(path)
     weights = next((checkpoint[key] for key in ("ema", "model_ema", "model") if key in checkpoint), checkpoint)
     with reading(f"checkpoint {path}: weights and config disagree", "those of one model"):
@@ -2360,12 +2360,12 @@ def load_checkpoint(path, device="cpu", name=None):
     usual = {"steps": row["sample_steps"], "guidance": row["guidance"], **row["sampling"]}
     with reading(f"checkpoint {path}: `sampling` or `classes`", f"numbers, and {model.num_classes} names"):
         sampling = checkpoint.get("sampling", usual)
-        classes = [str(name) for name in checkpoint.get("classes", range(model.num_classes))]
+        classes = [str(word) for word in checkpoint.get("classes", range(model.num_classes))]
         numbers = [sampling[key] for key in sampling.keys() - {"solver", "cfg_channels"}]    # those two may be words
         if len(classes) != model.num_classes or not all(isinstance(number, (int, float)) for number in numbers):
             raise ValueError("they do not fit its model")
-    return model.to(device).eval(), {"name": name, "config": model.config(), "objective": row["objective"],
-                                     "sampling": sampling, "classes": classes}
+    return model.to(device).eval(), {"name": name, "objective": row["objective"], "sampling": sampling,
+                                     "classes": classes}
 
 
 def noise_source(indices, shape, seed, device="cpu"):
@@ -2404,7 +2404,7 @@ def fitting(word, width, otherwise):
 
 def text(sheet, xy, words, anchor="la", size=14, fill=(40, 40, 40)):
     """Words on a PIL image, in Pillow's own font."""
-    ImageDraw.Draw(sheet).text(xy, str(words), fill=fill, font=ImageFont.load_default(size), anchor=anchor)
+    ImageDraw.Draw(sheet).text(xy, words, fill=fill, font=ImageFont.load_default(size), anchor=anchor)
 
 
 def write_png(path, image):
@@ -2412,32 +2412,21 @@ def write_png(path, image):
     write_file(path, lambda file: image.save(file, format="PNG"))
 
 
-def image_grid(images, columns, names=()):
+def image_grid(images, columns, names):
     """A PIL image of uint8 images (N, C, H, W), row by row, small ones magnified to about 64 pixels. names: of the
     classes of all or of the first ones, pairs (name, number), written above them."""
     N, _, H, W = images.shape
     factor = max(1, 64 // H)
-    top = 18 if names else 0
-    height, width = factor * H + 2 + top, factor * W + 2                     # with a white line around it
+    width = factor * W + 2                       # with a white line around the image
+    height = factor * H + 2 + 18                 # and a name above it
     grid = Image.new("RGB", (columns * width, math.ceil(N / columns) * height), "white")
     for i, image in enumerate(images):
         x, y = i % columns * width, i // columns * height
         one = Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
-        grid.paste(one.resize((factor * W, factor * H), Image.Resampling.NEAREST), (x + 1, y + 1 + top))
+        grid.paste(one.resize((factor * W, factor * H), Image.Resampling.NEAREST), (x + 1, y + 19))
         if i < len(names):
             text(grid, (x + width / 2, y + 15), fitting(names[i][0], width, names[i][1]), anchor="ms")
     return grid
-
-
-def draw_samples(path, rows, names):
-    """A picture of several rows of images of the same classes, such as samples.png. rows: (title, uint8 images (n, C,
-    H, W)) pairs; names as in `image_grid`."""
-    grid = image_grid(torch.cat([images for _, images in rows]), len(names), names)
-    sheet = Image.new("RGB", (190 + grid.width, grid.height), "white")
-    sheet.paste(grid, (190, 0))
-    for i, (title, _) in enumerate(rows):
-        text(sheet, (180, (i + 0.5) * grid.height / len(rows) + 9), title, anchor="rm")      # 9: below the names
-    write_png(path, sheet)
 
 
 def draw_decisions(path, history, groups, kept):
@@ -2545,9 +2534,10 @@ def print_table(header, rows):
 # ---------------------------------------------------------------------------------------------------------------------
 
 RESULTS = {"teacher": "teacher.pt", "learn": "layers.json", "recover": "student.pt", "measure": "results.json"}
-# The flags that a run's settings consist of. All others only cost time or memory, or say how to measure.
-RECIPE = ("model", "ckpt", "data", "seed", "batch_size", "teacher_steps", "teacher_lr", "learn_steps",
-          "learn_lr", "logits_lr", "groups", "criterion", "update", "recover_steps", "recover_lr", "kd")
+# The flags in settings.json, besides --data, --image-size and --ckpt. All others only cost time or memory, or say how
+# to measure.
+RECIPE = ("model", "seed", "batch_size", "teacher_steps", "teacher_lr", "learn_steps", "learn_lr", "logits_lr",
+          "groups", "criterion", "update", "recover_steps", "recover_lr", "kd")
 RATES = {"teacher_lr": "teacher", "learn_lr": "learn", "logits_lr": "learn", "recover_lr": "recover"}
 CONDITIONS = ("samples", "sample_steps", "guidance", "inception", "ref", "vae")      # of measured figures
 
@@ -2653,8 +2643,8 @@ class Run:
 
     def claim(self):
         """Write settings.json, or raise UserError where the folder has other settings. Data and checkpoint are known by
-        their content. The learning rate of a stage that has not begun may change, and that of one that is not finished,
-        such as one that diverged, may be lowered."""
+        their content. A stage that has not begun may get another learning rate. One that has begun, and perhaps
+        diverged, may get a lower one."""
         path = self.out / "settings.json"
         settings = {name: getattr(self.args, name) for name in RECIPE}
         settings["data"] = self.data.describe()
@@ -2714,7 +2704,13 @@ class Run:
         labels = self.data.labels[shown]
         rows = [("real images", self.decode(self.data.read(shown).to(self.device)).cpu())] if real else []
         rows += [(title, self.draw(model, labels, range(20))) for title, model in models.items()]
-        draw_samples(path, rows, [(self.data.classes[y], y) for y in labels.tolist()])
+        names = [(self.data.classes[y], y) for y in labels.tolist()]
+        grid = image_grid(torch.cat([images for _, images in rows]), len(names), names)
+        sheet = Image.new("RGB", (190 + grid.width, grid.height), "white")
+        sheet.paste(grid, (190, 0))
+        for i, (title, _) in enumerate(rows):
+            text(sheet, (180, (i + 0.5) * grid.height / len(rows) + 9), title, anchor="rm")  # 9: below the names
+        write_png(path, sheet)
 
     def kept(self):
         """The blocks that the learning stage has chosen."""
@@ -2731,9 +2727,10 @@ class Run:
         if self.args.ref:
             real = statistics_of(self.args.ref, look)
             features, _ = look(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
-            if real["mu"].shape != features.shape[1:]:
-                raise UserError(f"--ref {self.args.ref}: mu {real['mu'].shape}; expected {features.shape[1:]}, the "
-                                "features of --inception")
+            expected = features.shape[1:]
+            if real["mu"].shape != expected or real["sigma"].shape != 2 * expected:
+                raise UserError(f"--ref {self.args.ref}: mu {real['mu'].shape}, sigma {real['sigma'].shape}; expected "
+                                f"{expected}, {2 * expected}, as the features of --inception")
             return look, real, accuracy
         return look, statistics([look(images) for images in self.data.images.split(256)]), accuracy
 
@@ -2741,7 +2738,7 @@ class Run:
         """A run with some flags changed, which shares data and judge with this one."""
         self.judge                               # trained once, for all
         other = copy.copy(self)
-        other.args = argparse.Namespace(**vars(self.args) | flags)
+        other.args = argparse.Namespace(**(vars(self.args) | flags))
         return other
 
     def with_teacher(self, number):
@@ -2753,7 +2750,7 @@ class Run:
     def branch(self, criterion, seed):
         """A run with the same teacher and another criterion and seed, in a sub-folder. The criterion
         "no-groups" is learning without groups."""
-        other = self.changed(criterion=criterion.replace("no-groups", "learned"), seed=seed)
+        other = self.changed(criterion="learned" if criterion == "no-groups" else criterion, seed=seed)
         if criterion == "no-groups":
             other.groups = tuple(map(sum, zip(*as_list(self.groups))))       # as many blocks, of all
         other.out = self.out / f"compare-{checksum(self.load(self.teacher_path))}" / f"{criterion}-{seed}"
@@ -2769,6 +2766,7 @@ def stage_teacher(run, path):
         run.save(path, args.teacher)
         return
     batches, loop = run.training("teacher")
+    report = loop.pop("on_step")
     model = run.compiled(run.new_model().to(run.device))
     if isinstance(model, DiT):
         nn.init.normal_(model.y_embedder.embedding_table.weight, std=args.label_std)
@@ -2784,7 +2782,6 @@ def stage_teacher(run, path):
             run.draw_samples(run.out / "halfway.png", {f"teacher, step {step + 1}": model.eval()})
             model.train()
 
-    report = loop.pop("on_step")
     run.save(path, train(model, loss, lr=args.teacher_lr, final_lr_ratio=0.0, warmup=min(100, args.teacher_steps // 10),
                          ema_decay=args.ema_decay, on_step=on_step, **loop))
 
@@ -2887,8 +2884,8 @@ def run_stages(run):
     last = max(list(RESULTS).index(stage) for stage in run.args.stages)
     for stage in list(RESULTS)[:last + 1]:
         run_stage(run, stage)
-    if stage == "measure":
-        print_results(read_json(run.out / RESULTS[stage], "rows", "judge_accuracy", "conditions"))
+    if "measure" in run.args.stages:
+        print_results(read_json(run.out / RESULTS["measure"], "rows", "judge_accuracy", "conditions"))
     print(f"\n{time.perf_counter() - start:.0f} s; results in {run.out}/")
 
 
@@ -2941,17 +2938,16 @@ def calibration_loss(model, diffusion, examples, kept=None):
     """Mean training loss of a model, in eval mode, on `fixed_examples`: a float. kept: run only these blocks."""
     losses = []
     for x0, y, t, noise in examples:
-        masked = model
+        mask = None
         if kept is not None:
             mask = torch.zeros(len(x0), len(model.blocks), device=x0.device)
             mask[:, list(kept)] = 1
-            masked = functools.partial(model, mask=mask)
-        losses.append(diffusion.training_losses(masked, x0, t, y, noise)["loss"])
+        losses.append(diffusion.training_losses(functools.partial(model, mask=mask), x0, t, y, noise)["loss"])
     return torch.cat(losses).mean().item()
 
 
 def block_scores(model, diffusion, examples, score):
-    """The mean of score(x, out), from a block's input and output (B, T, D) to (B,), of every block: (L,)."""
+    """Every block's mean score, (L,). score(x, out) makes of a block's input and output (B, T, D) numbers (B,)."""
     found = {block: [] for block in model.blocks}
     hooks = [block.register_forward_hook(lambda block, args, out: found[block].append(score(args[0], out)))
              for block in model.blocks]
@@ -3010,7 +3006,7 @@ def random_choice(model, groups, diffusion=None, examples=None):
 
 
 def random_search(model, groups, diffusion, examples, place, tries=64):
-    """Of so many random choices, the one at `place` in the order of their loss: 0 lowest, 0.5 median, 1 highest."""
+    """Of the different ones among `tries` random choices, that at `place` in the order of loss: 0 lowest, 1 highest."""
     choices = {tuple(random_choice(model, groups)) for _ in range(tries)}
     ranked = sorted(choices, key=lambda kept: (calibration_loss(model, diffusion, examples, kept), kept))
     return list(ranked[round(place * (len(ranked) - 1))])
@@ -3060,12 +3056,13 @@ def compare(runs, every_mask=False, seeds=(0, 1, 2)):
     masks = [",".join(map(str, kept)) for kept in every_choice(runs[0].groups)] if every_mask else []
     choices = ["learned", "no-groups", *CRITERIA, *masks]
     report = progress("compare", len(choices), unit="choices")
-    found = {}                                   # {criterion: [kept, loss after pruning, after recovery, FID]}
+    runs[0].judge                                # which says how good it is
+    found = {}                                   # {name: what `outcome` returns, each for all teachers and seeds}
     for number, name in enumerate(choices):
         try:
             with contextlib.redirect_stdout(None):           # the stages are not to print
                 found[name] = list(zip(*[outcome(run.branch(name, seed)) for run in runs for seed in seeds]))
-        except ValueError as error:              # the oracle keeps one block of every pair; a recovery diverged
+        except ValueError as error:              # the oracle does not fit the groups, or a recovery diverged
             print(f"{name} is left out: {error}")
         report(number, {})
 
@@ -3106,9 +3103,9 @@ def compare(runs, every_mask=False, seeds=(0, 1, 2)):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def parse_groups(pattern, depth):
-    """"1:2" (repeated to fill the depth) or "2:4,3:4,..." (one after another) to groups [(N, M), ...]; "14", to keep 14
-    of all blocks, to a pair (14, depth). Raises ValueError, with the reason, where it is not such a pattern or does not
-    fit `depth` blocks."""
+    """The groups [(N, M), ...] that "1:2" (repeated to fill the depth) or "2:4,3:4,..." (one after another) means; for
+    "14", to keep 14 of all blocks, the pair (14, depth). Raises ValueError, with the reason, where it is not such a
+    pattern or does not fit `depth` blocks."""
     if pattern.isdecimal():
         TopNSampler(int(pattern), depth)         # raises ValueError
         return int(pattern), depth
@@ -3135,9 +3132,10 @@ class Parser(argparse.ArgumentParser):
         """The flags as a namespace. Raises UserError for numbers that are not positive (some, as --seed, may be 0)."""
         args = super().parse_args(argv)
         for name, value in vars(args).items():
-            above = "from" if name in ("seed", "guidance", "eta", "temperature") else "above"
-            if type(value) in (int, float) and not (0 < value < 1e9 or value == 0 and above == "from"):
-                raise UserError(f"--{name.replace('_', '-')} {value}: expected a number {above} 0 up to a billion")
+            zero = name in ("seed", "guidance", "eta", "temperature")
+            if type(value) in (int, float) and not (0 < value < 1e9 or value == 0 and zero):
+                least = "from" if zero else "above"
+                raise UserError(f"--{name.replace('_', '-')} {value}: expected a number {least} 0 up to a billion")
         return args
 
 
@@ -3257,7 +3255,7 @@ def run_fid(args):
 
 
 def guarded(prog, body):
-    """Run body() and print a user's mistake, a full disk or Ctrl-C in one line. Returns the exit status: 0, 2, 130."""
+    """Run body(). A user's mistake, full disk or memory, or Ctrl-C is one line. Returns the exit status: 0, 2, 130."""
     try:
         body()
         return 0
