@@ -79,9 +79,8 @@ def run(args):
     """Draw the images and write them."""
     device = pick_device(args.device)
     target = Path(args.npz or args.out)
-    if target.is_dir() or target.suffix != (".npz" if args.npz else ".png"):
-        raise UserError(f"{target}: expected the name of a .png file for --out, of a .npz file for --npz")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.parent.is_dir() or target.is_dir() or target.suffix != (".npz" if args.npz else ".png"):
+        raise UserError(f"{target}: expected, in a folder that is there, a .png file for --out, a .npz file for --npz")
     tempfile.TemporaryFile(dir=target.parent).close()        # a folder that cannot be written is named before the work
     model, checkpoint = load_checkpoint(args.ckpt, device, args.model)
     if args.compile:

@@ -1277,6 +1277,7 @@ class Measuring(InFolder):
             self.assertIn(f"FID {expected:.4g}", words)
             self.assertEqual((", precision 0." in words, "60 samples" in words), (bool(net),) * 2, words)
             self.assertEqual("250 steps, guidance 1.5" in words, one == "a.npz")
+            self.assertEqual("warning: an FID of 60 images" in words, bool(net))
         torch.jit.script(nn.ReLU()).save(folder / "other.pt")
         (folder / "torn.npz").write_bytes((folder / "b.npz").read_bytes()[:-900])
         (folder / "empty").mkdir()
@@ -1446,6 +1447,8 @@ class Data(InFolder):
         save_images(self.folder / "images" / "a", 2, 8, 8)
         (self.folder / "images" / "empty").mkdir()
         refused(self.folder / "images", "empty: no such folder, or no images")
+        (self.folder / "images" / "notes.txt").touch()
+        refused(self.folder / "images", "notes.txt is in no class folder")
 
     def test_an_encoding_killed_at_any_point_goes_on_with_the_same_command(self):
         """Before and after everything it does: every VAE call, every count, and the removal of the counter."""
@@ -1464,7 +1467,7 @@ class Data(InFolder):
                   mock.patch.object(tf, "write_json", around(tf.write_json)),
                   mock.patch.object(Path, "unlink", around(Path.unlink))):
                 call(main=lambda _: tf.encode_images(images, 32, ToyVAE(), out, {"--vae": vae}, batch_size=3))
-            return {path.name: path.read_bytes() for path in out.iterdir()}
+            return {path.name: path.read_bytes() for path in out.glob("[!.]*")}
         images, events, stop = self.folder / "images", [], None
         save_images(images / "a", 3, 32, 50)
         image = torch.from_numpy(save_images(images / "b", 4, 32, 32)[0]).permute(2, 0, 1)
@@ -1485,8 +1488,9 @@ class Data(InFolder):
             if (out / "latents.json").exists():
                 with self.assertRaisesRegex(tf.UserError, "run the same --encode command again"):
                     tf.open_data(out, 32)
-                with self.assertRaisesRegex(tf.UserError, "--vae toy .now other."):
-                    encode(out, "other")
+                if tf.read_json(out / "latents.json")["done"]:
+                    with self.assertRaisesRegex(tf.UserError, "--vae toy .now other."):
+                        encode(out, "other")
             self.assertEqual(encode(out), whole, number)
         with self.assertRaisesRegex(tf.UserError, "is there already"):
             encode(self.folder / "whole")
@@ -1497,10 +1501,20 @@ class Data(InFolder):
         whole = broken.read_bytes()
         broken.write_bytes(whole[:100])
         words = ["--device cpu --vae toy --image-size 32 --encode", self.folder / "images", "--out", out]
-        with mock.patch.object(tf, "VAE", ToyVAE):
-            self.refused("17.png", *words, lines=None)
-            broken.write_bytes(whole)
-            self.assertEqual(call(*words)[0], 0)
+        self.enterContext(mock.patch.object(tf, "VAE", ToyVAE))
+        with mock.patch.object(ToyVAE, "encode", side_effect=RuntimeError("kernel size")):
+            self.refused("--image-size 32: kernel size", *words)
+        self.assertFalse(out.exists())
+        with mock.patch.object(os, "posix_fallocate", side_effect=OSError("disk full")):
+            self.refused("latents.npy: disk full", *words)
+        self.refused("17.png", *words, lines=None)
+        broken.write_bytes(whole)
+        (self.folder / "images").rename(self.folder / "moved")
+        words[1] = self.folder / "moved"
+        locked = tf.lock(out)
+        self.refused("is in use", *words)
+        locked.close()
+        self.assertEqual(call(*words)[0], 0)
         self.assertEqual(len(tf.open_data(out, 32).labels), 20)
 
     def test_a_vae_of_diffusers_encodes_and_decodes_or_says_what_to_install(self):
@@ -1629,9 +1643,17 @@ class Files(InFolder):
             tf.draw_losses(self.folder / "losses.png", self.folder / "log.jsonl")
         self.assertEqual(axes.call_args.args[4], [(1, 1), (2, 2), (3, 3)])
         self.assert_picture(self.folder / "losses.png")
-        with mock.patch.object(tf, "text") as text:
-            tf.axes(Image.new("RGB", (9, 9)), 0, 0, 9, [(400_000, 0.04)], ("x", "y"), (False, True))
-        self.assertEqual(len({call.args[2] for call in text.call_args_list}), 12, "five ticks on both axes differ")
+        path, history = self.folder / "picture.png", [(0, [0.5, 0.5]), (1, [0.6, 0.4])]
+        dots = {(0.1, 5.0): ["a"], (0.1, 5.001): ["b"], (1, 9): []}
+        for draw, names in ((lambda: tf.draw_decisions(path, history, [(1, 2)], [0]), 6),
+                            (lambda: tf.draw_recoverability(path, dots, "FID"), 5),
+                            (lambda: tf.axes(Image.new("L", (9, 9)), 0, 0, 9, [(4e5, 0.04)], "xy", (False, True)), 2)):
+            with mock.patch.object(tf, "text", wraps=tf.text) as text:
+                draw()
+            words = {call.args[2]: call.args[1] for call in text.call_args_list}
+            self.assertEqual(len(words), names + (5 if "step" in words else 10), f"five ticks differ: {words}")
+            self.assertGreater(abs(words["a"][1] - words["b"][1]) if "a" in words else 13, 12, "names stand apart")
+        self.assertGreaterEqual(abs(first[1] - second[1]), 12.9, "names stand apart")
         self.assertEqual(tf.spread([1.0], 1), "1.0 (1 seed)")
 
     def test_a_full_disk_or_a_signal_amid_a_write_leaves_the_old_file_and_no_other(self):
@@ -1951,12 +1973,14 @@ class CommandLine(Quick):
     def test_other_criteria_and_named_blocks_take_the_place_of_learning_and_stages_can_be_run_one_by_one(self):
         run = self.folder / "run"
         self.refused("teacher.pt", TINY, run, "--stages learn --criterion oracle")
+        self.refused("layers.json", TINY, run, "--stages teacher,recover --criterion oracle")
+        self.assertFalse(run.exists(), "a failed command leaves nothing behind")
         self.story(run, "--stages teacher --criterion oracle")
         self.assertFalse((run / "layers.json").exists())
         self.story(run, "--stages learn --criterion oracle")
         self.assertEqual(tf.read_json(run / "layers.json")["kept"], [0, 2, 4, 7, 9, 11])
         save_images(self.folder / "pets" / "cat", 24, 20, 30)
-        named = [self.folder / "named", "--criterion 0,1,2,3,11 --groups 2:4,1:2,3:6 --data", self.folder / "pets"]
+        named = [self.folder / "named", "--criterion 0,1,2,3,11 --data", self.folder / "pets"]
         free = self.folder / "free"
         self.story(free, "--groups 4")
         self.assertEqual(len(load(free / "student.pt")["kept"]), 4)
@@ -1994,13 +2018,17 @@ class CommandLine(Quick):
         run, words = self.folder / "run", "--stages teacher --data"
         save_images(self.folder / "pets" / "cat", 24, 16, 16)
         self.story(run, words, self.folder / "pets")
-        other = object.__new__(tf.Run)
-        other.out = run
-        other.lock()
+        other = tf.lock(run)
         self.refused(f"is in use by process {os.getpid()}", TINY, run, words, self.folder / "pets")
-        other.lock_file.close()                  # as the end of a process does, however it ends
+        other.close()                            # as the end of a process does, however it ends
         (self.folder / "pets").rename(self.folder / "moved")
         self.story(run, words, self.folder / "moved")
+        (self.folder / "moved" / "cat").rename(self.folder / "moved" / "dog")
+        self.refused("checksum", TINY, run, words, self.folder / "moved")
+        full = self.folder / "full"
+        full.mkdir()
+        (full / "log.jsonl").symlink_to("/dev/full")
+        self.refused("log.jsonl: [Errno 28]", TINY, full, "--stages teacher")
 
     def test_bad_input_is_one_line_and_exit_status_2(self):
         (self.folder / "file").write_text("x")
@@ -2018,6 +2046,9 @@ class CommandLine(Quick):
                 ("--vae is for latents", "--vae x"), ("does not use --vae", "--stages learn --vae x"),
                 ("toy-FID does not use --ref", "--ref x"),
                 ("--criterion does not use --learn-lr", "--criterion oracle --learn-lr 1"),
+                ("--criterion of blocks does not use --groups", "--criterion 0,2 --groups 1:2"),
+                ("--stages learn does not use --guidance", "--stages learn --guidance 2"),
+                ("--stages measure does not use --compile", "--stages measure --compile"),
                 ("--update frozen does not use --learn-lr", "--update frozen --learn-lr 1"),
                 ("--compare does not use --stages", "--compare all --stages measure"),
                 ("--stages without measure does not use --inception", "--stages teacher --inception x")):

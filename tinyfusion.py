@@ -1632,6 +1632,12 @@ def statistics_of(path, look=None):
     return known
 
 
+def warn_of_few(count):
+    """Print a warning where an FID of so many images means little."""
+    if count < 2048:
+        print(f"warning: an FID of {count} images, fewer than 2,048, is far too high")
+
+
 def compare_statistics(fake, real, device="cpu"):
     """How far the statistics `fake` are from `real`: a dict of `fid` and, where features and probabilities are there,
     `is`, `precision` and `recall`. The latter two use no more real images than there are fakes: with more points a
@@ -1654,7 +1660,7 @@ def measure(models, labels, draw, look, real, folder, batch_size=50):
 
     draw(model, labels, indices) returns uint8 images (B, C, H, W), from the same noise for every model. The models take
     turns batch by batch, so that a busy machine slows all of them alike; images/s is the median batch's, and speed_up
-    the median of the batches' ratios to the first model (None for fewer than 5 batches). Every batch leaves its
+    the median of the batches' ratios to the first model (both None for fewer than 5 batches). Every batch leaves its
     features in `folder`, so a measuring that was stopped goes on; the caller removes it. Returns {name: dict of plain
     numbers} and {name: statistics}."""
     batches = torch.arange(len(labels)).split(batch_size * world_size())
@@ -1679,7 +1685,7 @@ def measure(models, labels, draw, look, real, folder, batch_size=50):
         stats[name] = statistics([(batch["features"], batch["p"]) for batch in found.pop(name)])
         rows[name] = {"depth": len(model.blocks), "parameters": sum(w.numel() for w in model.parameters()),
                       **compare_statistics(stats[name], real, next(model.parameters()).device),
-                      "images_per_second": 1 / float(np.median(seconds[name])),
+                      "images_per_second": 1 / float(np.median(seconds[name])) if len(batches) >= 5 else None,
                       "speed_up": float(np.median(first / seconds[name])) if len(batches) >= 5 else None}
     return rows, stats
 
@@ -1715,10 +1721,11 @@ class Dataset:
         return torch.from_numpy(np.stack([self.images[i][side] for i, side in zip(index.tolist(), sides)])).float()
 
     def describe(self):
-        """The number of examples and a checksum of labels and up to 1,000 examples, to recognise the data by."""
-        some = np.linspace(0, len(self.labels) - 1, min(1000, len(self.labels))).astype(int)
-        checksum = zlib.crc32(self.labels.numpy())
-        for i in some:
+        """The number of examples and a checksum of classes, labels and images, or of 1,000 latents, to recognise the
+        data by."""
+        count = min(1000, len(self.labels)) if self.latent else len(self.labels)
+        checksum = zlib.crc32(self.labels.numpy(), zlib.crc32(str(self.classes).encode()))
+        for i in np.linspace(0, len(self.labels) - 1, count).astype(int):
             checksum = zlib.crc32(np.ascontiguousarray(self.images[i]), checksum)
         return f"{len(self.labels)} {'latents' if self.latent else 'images'}, checksum {checksum:08x}"
 
@@ -1803,6 +1810,9 @@ def class_files(folder):
     if not folders:
         what = "no class folders" if Path(folder).is_dir() else "no such folder"
         raise UserError(f"{folder}: {what}; expected a folder with one sub-folder of images per class")
+    loose = [path for path in Path(folder).glob("[!.]*") if path not in folders]
+    if loose:
+        raise UserError(f"{loose[0]} is in no class folder: move it into one, or away")
     files = [(file, label) for label, path in enumerate(folders) for file in files_in(path)]
     return [path.name for path in folders], files
 
@@ -1938,35 +1948,40 @@ def encode_images(folder, size, vae, out, settings, batch_size=16):
     how many images are done, and is deleted at the end. A call with the same `settings` goes on from there. Raises
     UserError for other settings, and for a broken image, with its name."""
     classes, files = class_files(folder)
+    with reading(f"--image-size {size}", "a size that the autoencoder takes"):
+        latent = vae.encode(torch.zeros(1, 3, size, size, dtype=torch.uint8), 0)[0]
+    names = "\n".join(f"{path.relative_to(folder)} {label}" for path, label in files).encode()
+    settings = settings | {"encode": f"{len(files)} files, checksum {zlib.crc32(names):08x}"}
     out.mkdir(parents=True, exist_ok=True)
-    counter = out / "latents.json"
-    names = "\n".join(f"{path} {label}" for path, label in files).encode()
-    settings = settings | {"files": f"{len(files)}, checksum {zlib.crc32(names):08x}"}
-    if not counter.exists():
-        if (out / "latents.npy").exists():
+    with lock(out):
+        counter = out / "latents.json"
+        if (out / "latents.npy").exists() and not counter.exists():
             raise UserError(f"{out / 'latents.npy'} is there already; remove it or choose another --out")
-        write_json(counter, {"done": 0, "settings": settings})
-    state = read_json(counter, "done", "settings")
-    refuse_changes(counter, state["settings"], settings)
-    write_file(out / "labels.npy", lambda file: np.save(file, np.array([label for _, label in files])))
-    latent = vae.encode(torch.zeros(1, 3, size, size, dtype=torch.uint8), 0)[0]
-    latents = np.lib.format.open_memmap(out / "latents.npy", "r+" if state["done"] else "w+", np.float32,
-                                        (len(files), 2, *latent.shape))
-    report = progress("encode", len(files), unit="images", first=state["done"])
-    with concurrent.futures.ThreadPoolExecutor() as readers:
-        for start in range(state["done"], len(files), batch_size):
-            end = min(start + batch_size, len(files))
-            images = list(readers.map(lambda i: read_image(files[i][0], size), range(start, end)))
-            x = torch.from_numpy(np.stack([np.broadcast_to(image, (3, size, size)) for image in images]))
-            pairs = torch.stack([x, x.flip(3)], 1).flatten(0, 1)             # an image and its mirror image in turn
-            noise = noise_source(range(2 * start, 2 * end), latent.shape, 0, vae.device)()
-            latents[start:end] = vae.encode(pairs, noise).unflatten(0, (-1, 2)).numpy()
-            latents.flush()
-            state["done"] = end
-            write_json(counter, state)
-            report(end - 1, {})
-    write_json(out / "classes.json", {"classes": classes, **settings})
-    counter.unlink()
+        state = read_json(counter, "done", "settings") if counter.exists() else {"done": 0}
+        if state["done"] == 0:                   # nothing is there that other settings could spoil
+            state["settings"] = settings
+        refuse_changes(counter, state["settings"], settings)
+        write_json(counter, state)
+        write_file(out / "labels.npy", lambda file: np.save(file, np.array([label for _, label in files])))
+        latents = np.lib.format.open_memmap(out / "latents.npy", "r+" if state["done"] else "w+", np.float32,
+                                            (len(files), 2, *latent.shape))
+        with writing(out / "latents.npy"), open(out / "latents.npy", "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))     # if the disk is full, it says so now
+        report = progress("encode", len(files), unit="images", first=state["done"])
+        with concurrent.futures.ThreadPoolExecutor() as readers:
+            for start in range(state["done"], len(files), batch_size):
+                end = min(start + batch_size, len(files))
+                images = list(readers.map(lambda i: read_image(files[i][0], size), range(start, end)))
+                x = torch.from_numpy(np.stack([np.broadcast_to(image, (3, size, size)) for image in images]))
+                pairs = torch.stack([x, x.flip(3)], 1).flatten(0, 1)         # an image and its mirror image in turn
+                noise = noise_source(range(2 * start, 2 * end), latent.shape, 0, vae.device)()
+                latents[start:end] = vae.encode(pairs, noise).unflatten(0, (-1, 2)).numpy()
+                latents.flush()
+                state["done"] = end
+                write_json(counter, state)
+                report(end - 1, {})
+        write_json(out / "classes.json", {"classes": classes, **settings})
+        counter.unlink()
     print(f"{len(files)} images of {len(classes)} classes: {out / 'latents.npy'}, labels.npy")
 
 
@@ -2182,7 +2197,7 @@ def progress(label, steps, log_file=None, unit="steps", first=0):
         to_print = now >= printed + 10 or step + 1 == steps
         if log_file and (to_print or (step + 1) % every == 0):
             numbers = {name: mean(name, recent[-every:]) for name in metrics}
-            with open(log_file, "a") as file:
+            with writing(log_file), open(log_file, "a") as file:
                 file.write(json.dumps({"stage": label, "step": step + 1, **numbers, "steps_per_s": speed}) + "\n")
         if to_print:
             printed = now
@@ -2217,25 +2232,51 @@ def reading(path, expected):
         raise UserError(f"{path}: {str(error)[:300] or type(error).__name__}; expected {expected}") from None
 
 
+@contextlib.contextmanager
+def writing(path):
+    """A context in which a full disk, or another error of the system, becomes a UserError about `path`."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__ or error          # torch.save hides it
+        if isinstance(cause, OSError):
+            cause = UserError(f"cannot write {path}: {cause}; when that is mended, give the same command again")
+        raise cause from None
+
+
 def write_file(path, write):
     """Call write(file) on a new binary file, and put it at `path` only when it is complete and on the disk. Of several
     processes, all of which must call this, the first writes while the others wait."""
     if rank() == 0:
         temporary = Path(path).with_name(f".{Path(path).name}.part")
         try:
-            with open(temporary, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except (OSError, RuntimeError) as error:
-            cause = error if isinstance(error, OSError) else error.__context__ or error      # torch.save hides it
-            if isinstance(cause, OSError):
-                cause = UserError(f"cannot write {path}: {cause}; when that is mended, give the same command again")
-            raise cause from None
+            with writing(path):
+                with open(temporary, "wb") as file:
+                    write(file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
     gather(None)
+
+
+def lock(folder):
+    """Keep other programs out of a folder as long as the file that is returned is open, at most as long as this process
+    lives. Raises UserError where one is in it."""
+    if rank() > 0:
+        return None
+    file = open(folder / ".lock", "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise UserError(f"{folder} is in use by process {file.read()}") from None
+    except OSError:                              # a file system without locks
+        return file
+    file.truncate(0)
+    print(os.getpid(), end="", file=file, flush=True)
+    return file
 
 
 def write_json(path, content):
@@ -2446,8 +2487,10 @@ def draw_decisions(path, history, groups, kept):
     for edge in itertools.accumulate([m for _, m in as_list(groups)], initial=0):            # a line between groups
         ImageDraw.Draw(sheet).line((0, top + 26 * edge, left + width + 90, top + 26 * edge), fill=(120, 120, 120))
     steps = history[-1][0]
-    for step in np.linspace(0, steps, 5).round():
-        text(sheet, (left + step / steps * width, top + height + 20), f"{step:g}", anchor="ms")
+    points = p.shape[1]
+    for step in np.linspace(0, steps, 5):        # in the middle of its column
+        across = (step / steps * (points - 1) + 0.5) / points
+        text(sheet, (left + across * width, top + height + 20), f"{step:g}", anchor="ms")
     text(sheet, (left - 10, top + height + 20), "step", anchor="rs")
     write_png(path, sheet)
 
@@ -2498,6 +2541,8 @@ def draw_losses(path, log_file):
         names = ("step", f"{stage}: denoising loss (logarithmic)")
         place = axes(sheet, 430 * number + 70, 50, 350, curve, names, (False, True))
         ImageDraw.Draw(sheet).line([place(*point) for point in curve], fill=(18, 62, 130), width=2)
+        x, y = place(*curve[-1])                 # a dot, to be seen where there is one point
+        ImageDraw.Draw(sheet).ellipse((x - 2, y - 2, x + 2, y + 2), fill=(18, 62, 130))
     write_png(path, sheet)
 
 
@@ -2507,13 +2552,18 @@ def draw_recoverability(path, dots, distance):
     sheet = Image.new("RGB", (780, 680), "white")
     names = ("loss right after pruning (logarithmic)", f"{distance} after recovery (logarithmic, lower is better)")
     place = axes(sheet, 90, 50, 560, list(dots), names, (True, True))
+    labels = []                                  # the places of names, which must not overlap
     for dot, methods in sorted(dots.items(), key=lambda dot: len(dot[1])):   # the named ones on top
         x, y = place(*dot)
+        label = y - 4
+        while methods and any(abs(x - a) < 150 and abs(label - b) < 13 for a, b in labels):
+            label += 13
+        labels += [(x, label)] if methods else []
         radius = 5 if methods else 3
         learned = {"learned", "no-groups"} & set(methods)
         colour = (205, 60, 20) if learned else (18, 62, 130) if methods else (170, 178, 190)
         ImageDraw.Draw(sheet).ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
-        text(sheet, (x + 8, y - 4), ", ".join(methods), anchor="ls", size=12, fill=colour)
+        text(sheet, (x + 8, label), ", ".join(methods), anchor="ls", size=12, fill=colour)
     write_png(path, sheet)
 
 
@@ -2550,6 +2600,11 @@ def checksum(model):
     return f"{value:08x}"
 
 
+def named_blocks(criterion):
+    """The blocks of a criterion such as "0,2,5"."""
+    return [int(block) for block in criterion.split(",")]
+
+
 class Run:
     """A folder with one configuration: what the stages share. Raises UserError where flags and data do not fit."""
 
@@ -2562,7 +2617,13 @@ class Run:
             self.data = with_classes(self.data, args.classes)
         with reading(f"size {self.data.shape[1]} of the data", "one that the model's patches divide"):
             model = args.teacher or unallocated(self.new_model)
-        self.groups = parse_groups(args.groups, len(model.blocks))
+        depth = len(model.blocks)
+        if args.criterion[0].isdecimal():
+            kept = named_blocks(args.criterion)
+            check_kept(kept, depth)
+            self.groups = len(kept), depth
+        else:
+            self.groups = parse_groups(args.groups, depth)
         self.diffusion = objective_of(args.objective, model)
         self.sampling = {"steps": args.sample_steps, "guidance": args.guidance, "clip_denoised": not self.data.latent,
                          **args.sampling}
@@ -2581,7 +2642,7 @@ class Run:
         self.out = out
         self.out.mkdir(parents=True, exist_ok=True)
         self.teacher_path = self.out / RESULTS["teacher"]
-        self.lock()
+        self.locked = lock(self.out)
         self.claim()
 
     def new_model(self):
@@ -2601,12 +2662,16 @@ class Run:
         if args.batch_size % parts or self.batch_size("learn") % parts or args.samples % world_size():
             raise UserError(f"--batch-size {args.batch_size} ({self.batch_size('learn')} while learning) cannot be cut "
                             f"into {parts} parts, or --samples {args.samples} into {world_size()}")
-        if args.criterion[0].isdecimal():
-            check_kept([int(block) for block in args.criterion.split(",")], len(model.blocks))
         if args.criterion == "oracle":
             oracle(model, self.groups)                       # raises ValueError for groups that do not fit
         if args.compare == "all":
             every_choice(self.groups)                        # raises ValueError for too many
+        last = max(list(RESULTS).index(stage) for stage in args.stages)
+        anew = False                             # whether a stage will run, so that the later ones are outdated
+        for stage in list(RESULTS)[:last + 1]:
+            anew = anew or not (args.out / RESULTS[stage]).exists()
+            if anew and stage not in args.stages:
+                raise UserError(f"{args.out / RESULTS[stage]} is missing, and --stages leaves {stage} out; add it")
         if args.objective == "ddpm":
             self.diffusion.respaced(args.sample_steps)       # raises ValueError for steps out of range
         if args.objective == "mar" and args.sample_steps > model.num_tokens:
@@ -2622,20 +2687,6 @@ class Run:
         if data.latent and "measure" in args.stages and not (args.vae and args.inception and args.ref):
             raise UserError("latents are measured with --vae, --inception and --ref: give all three, or leave measure "
                             "out, by --stages teacher,learn,recover")
-
-    def lock(self):
-        """Keep other runs out of the folder as long as this process lives. Raises UserError where one is in it."""
-        if rank() == 0:
-            self.lock_file = open(self.out / ".lock", "a+")
-            try:
-                fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self.lock_file.seek(0)
-                raise UserError(f"{self.out} is in use by process {self.lock_file.read()}") from None
-            except OSError:                      # a file system without locks
-                return
-            self.lock_file.truncate(0)
-            print(os.getpid(), end="", file=self.lock_file, flush=True)
 
     def has(self, name):
         """Whether there is a file of this name, in the folder or in a branch of it."""
@@ -2803,7 +2854,7 @@ def stage_learn(run, path):
         torch.manual_seed(args.seed + 1)
         kept = CRITERIA[args.criterion](teacher, run.groups, run.diffusion, run.examples)
     else:
-        kept = [int(block) for block in args.criterion.split(",")]
+        kept = named_blocks(args.criterion)
     write_json(path, {"kept": kept, **result})
     print(f"kept blocks {kept} of {len(teacher.blocks)}")
 
@@ -2850,7 +2901,7 @@ STAGES = {"teacher": stage_teacher, "learn": stage_learn, "recover": stage_recov
 
 
 def run_stage(run, stage):
-    """Run a stage unless its file is there. Raises UserError where --stages leaves it out."""
+    """Run a stage unless its file is there."""
     path = run.out / RESULTS[stage]
     state = run.out / f"{stage}-state.pt"
     finished = path.exists()
@@ -2858,8 +2909,6 @@ def run_stage(run, stage):
         finished = read_json(path, "conditions")["conditions"] == run.conditions
     if gather(finished)[0]:                      # every process looks before one of them writes
         print(f"{stage}: {path} is there and is used")
-    elif stage not in run.args.stages:
-        raise UserError(f"{path} is missing, and --stages leaves {stage} out; add it")
     else:
         for later in list(RESULTS)[list(RESULTS).index(stage) + 1:]:         # what depends on this stage is outdated
             (run.out / RESULTS[later]).unlink(missing_ok=True)
@@ -2902,8 +2951,8 @@ def print_results(results):
     print("\n" + ", ".join(f"{name} {value}" for name, value in results["conditions"].items() if value is not None))
     if toy:
         print("Measured by a small classifier trained on this data: a toy-FID is no FID.")
-    elif results["conditions"]["samples"] < 2048:
-        print("warning: an FID of fewer than 2,048 images is far too high")
+    else:
+        warn_of_few(results["conditions"]["samples"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3085,6 +3134,8 @@ def compare(runs, every_mask=False, seeds=(0, 1, 2)):
     write_json(out / "compare.json", {name: dict(zip(columns, values)) for name, values in found.items()})
     print_table(["method", "kept blocks (first seed)", "loss after pruning", "loss after recovery",
                  f"{distance} after recovery", "no-groups minus it", "better masks"], rows)
+    if runs[0].args.inception:
+        warn_of_few(runs[0].args.samples)
     if masks:
         import scipy.stats                       # here, because it takes a second
         losses = [np.mean(found[mask][1]) for mask in masks]
@@ -3152,7 +3203,7 @@ def make_parser(preset):
     add("--model", metavar="NAME", choices=PRESETS, help=f"one of {', '.join(PRESETS)}")
     add("--ckpt", metavar="FILE", help="start from this teacher, official or ours; SiT-XL/2 needs --model too")
     add("--data", metavar="DIR", help="images, one sub-folder per class, or latents (without it: drawn digits)")
-    add("--image-size", type=int, metavar="N", help="side of the images (16; 256 with --encode)")
+    add("--image-size", type=int, metavar="N", help="side of the images (that of --ckpt, else 16)")
     add("--out", metavar="DIR", help="folder of the results, and of a stopped run to go on with (runs/NAME)")
     add("--stages", default=",".join(RESULTS), metavar="LIST", help="the stages to run (%(default)s)")
     add("--teacher-steps", type=int, metavar="N", help="training steps (batches) of a new teacher (%(default)s)")
@@ -3185,7 +3236,7 @@ def make_parser(preset):
     add = parser.add_argument_group("instead of a run").add_argument
     add("--compare", choices=("criteria", "all"), help="compare learning with the criteria, or with all masks too")
     add("--teachers", type=int, default=1, metavar="N", help="compare with N teachers, of N seeds (%(default)s)")
-    add("--encode", metavar="DIR", help="encode a folder of images with --vae into latents in --out")
+    add("--encode", metavar="DIR", help="encode a folder of images (--image-size 256) with --vae into latents in --out")
     add("--fid", metavar="PATH", help="only compare these images (a folder or .npz) with --ref")
     parser.set_defaults(**preset)
     return parser
@@ -3202,7 +3253,10 @@ def refuse_unread(args, argv):
             (not args.compare, "a run without --compare", {"--teachers"}),
             (args.ckpt, "--ckpt", {"--teacher-steps", "--teacher-lr", "--teachers"}),
             (args.criterion != "learned", "--criterion", {"--learn-steps", "--learn-lr", "--logits-lr", "--update"}),
+            (args.criterion[0].isdecimal(), "--criterion of blocks", {"--groups"}),
             (args.update == "frozen", "--update frozen", {"--learn-lr"}),
+            (args.stages == ["learn"], "--stages learn", {"--sample-steps", "--guidance"}),
+            (args.stages == ["measure"], "--stages measure", {"--compile", "--accumulate"}),
             ("measure" not in args.stages, "--stages without measure", {"--samples", "--inception", "--ref"}),
             (not {"teacher", "measure"} & {*args.stages}, "--stages without teacher and measure", {"--vae"}),
             (not args.inception and not args.fid, "toy-FID", {"--ref"})):
@@ -3252,6 +3306,8 @@ def run_fid(args):
     count = f"{len(fake['p'])} samples" if "p" in fake else "statistics of samples"
     print(f"{args.fid}: {count}, drawn with {fake.get('settings', 'unknown settings')};\n"
           f"against {args.ref}; features of {args.inception or 'the two files'}")
+    if "p" in fake:
+        warn_of_few(len(fake["p"]))
 
 
 def guarded(prog, body):
@@ -3263,7 +3319,8 @@ def guarded(prog, body):
         if "No working C++ compiler" in str(error):
             words = "--compile needs a C++ compiler: install one, such as g++, or leave the flag out"
         elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-            words = "out of memory; try --accumulate 2 in training, a smaller --batch-size in sample.py"
+            less = "drawing with a smaller --batch-size" if prog == "sample.py" else "training with --accumulate 2"
+            words = f"out of memory; {less} takes less"
         else:
             raise
     except (UserError, ValueError, OSError) as error:        # a ValueError too says what is wrong with input
@@ -3279,6 +3336,7 @@ def run(args):
     """Do what the flags say."""
     with processes():
         if args.encode:
+            class_files(args.encode)             # a mistake in it is named before the autoencoder is loaded
             size = args.image_size or 256
             encode_images(args.encode, size, VAE(args.vae, pick_device(args.device)), args.out,
                           {"vae": args.vae, "image_size": size})
