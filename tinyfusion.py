@@ -1587,7 +1587,7 @@ def load_inception(path, device):
 
 def statistics(parts):
     """The statistics of images, from a list of what look(images) returned for each batch. For 50,000 images of 2048
-    features np.cov needs 1.3 GB for a moment, measured."""
+    features np.cov needs 1.3 GB more for a moment, measured."""
     features, p = map(np.concatenate, zip(*parts))
     sigma = np.atleast_2d(np.cov(features, rowvar=False))
     return {"mu": features.mean(0, dtype=np.float64), "sigma": sigma, "features": features, "p": p}
