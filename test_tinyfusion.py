@@ -1278,6 +1278,7 @@ class Measuring(InFolder):
             self.assertEqual((", precision 0." in words, "60 samples" in words), (bool(net),) * 2, words)
             self.assertEqual("250 steps, guidance 1.5" in words, one == "a.npz")
             self.assertEqual("warning: an FID of 60 images" in words, bool(net))
+            self.assertEqual("warning: an FID of 50 images" in words, other in ("b", "b.npz"))
         torch.jit.script(nn.ReLU()).save(folder / "other.pt")
         (folder / "torn.npz").write_bytes((folder / "b.npz").read_bytes()[:-900])
         (folder / "empty").mkdir()
@@ -1647,7 +1648,7 @@ class Files(InFolder):
         sheet = Image.new("RGB", (9, 9))
         dots = {(0.1, 5.0): ["a"], (0.1, 5.001): ["b"], (1, 9): []}
         for draw, names in ((lambda: tf.draw_decisions(path, history, [(1, 2)], [0]), 6),
-                            (lambda: tf.draw_recoverability(path, dots, "FID"), 5),
+                            (lambda: tf.draw_recoverability(path, dots, "FID"), 4),
                             (lambda: tf.axes(sheet, 0, 0, 9, [(4e5, 0.04)], ("x", "y"), (False, True)), 2)):
             with mock.patch.object(tf, "text", wraps=tf.text) as text:
                 draw()
@@ -2047,7 +2048,7 @@ class CommandLine(Quick):
                 ("toy-FID does not use --ref", "--ref x"),
                 ("--criterion does not use --learn-lr", "--criterion oracle --learn-lr 1"),
                 ("--criterion of blocks does not use --groups", "--criterion 0,2 --groups 1:2"),
-                ("--stages learn does not use --guidance", "--stages learn --guidance 2"),
+                ("lies in", "--data", self.folder, "--out", run),
                 ("--stages measure does not use --compile", "--stages measure --compile"),
                 ("--update frozen does not use --learn-lr", "--update frozen --learn-lr 1"),
                 ("--compare does not use --stages", "--compare all --stages measure"),

@@ -1613,6 +1613,12 @@ def images_of(path, images):
     return torch.from_numpy(images).permute(0, 3, 1, 2).split(50)
 
 
+def warn_of_few(count):
+    """Print a warning where an FID of so many images means little."""
+    if count < 2048:
+        print(f"warning: an FID of {count} images, fewer than 2,048, is far too high")
+
+
 def statistics_of(path, look=None):
     """Statistics of the images in a folder or .npz file, seen through `look`. If an .npz file has `mu` and `sigma`,
     these are used (in ADM's reference batches they are of all of ImageNet); its `arr_0`, if any, gives the rest. Raises
@@ -1623,19 +1629,16 @@ def statistics_of(path, look=None):
         if not look:
             raise UserError(f"{path}: --inception FILE is needed to look at images")
         parts = [look(images) for images in images_of(path, saved.get("arr_0", np.zeros(0)))]
-        if sum(len(p) for _, p in parts) < 4:
+        count = sum(len(p) for _, p in parts)
+        if count < 4:
             raise UserError(f"{path}: expected 4 images or more")
+        if "mu" not in known:
+            warn_of_few(count)
         known = statistics(parts) | known
     with reading(path, "finite numbers in mu and sigma"):
         for name in ("mu", "sigma"):
             np.asarray_chkfinite(known[name], dtype=float)
     return known
-
-
-def warn_of_few(count):
-    """Print a warning where an FID of so many images means little."""
-    if count < 2048:
-        print(f"warning: an FID of {count} images, fewer than 2,048, is far too high")
 
 
 def compare_statistics(fake, real, device="cpu"):
@@ -1805,14 +1808,15 @@ def files_in(folder):
 
 def class_files(folder):
     """The names of the classes, sorted, and [(path, label), ...] of the files, of a folder with one sub-folder per
-    class (the ImageFolder convention). Raises UserError where there is none, or one without a file."""
+    class (the ImageFolder convention). Raises UserError where there is none, or one without a file, and for a file
+    beside them."""
     folders = sorted(path for path in Path(folder).glob("[!.]*") if path.is_dir())
     if not folders:
         what = "no class folders" if Path(folder).is_dir() else "no such folder"
         raise UserError(f"{folder}: {what}; expected a folder with one sub-folder of images per class")
     loose = [path for path in Path(folder).glob("[!.]*") if path not in folders]
     if loose:
-        raise UserError(f"{loose[0]} is in no class folder: move it into one, or away")
+        raise UserError(f"{min(loose)} is in no class folder: move it into one, or away")
     files = [(file, label) for label, path in enumerate(folders) for file in files_in(path)]
     return [path.name for path in folders], files
 
@@ -1878,7 +1882,8 @@ def open_latents(latents, labels, folder):
 def open_data(folder, size):
     """The Dataset in a folder: latents in `latents.npy` (N, 2, C, H, W) with `labels.npy` (N,), or in the layout of the
     public TinyFusion code, `imagenet256_features/{i}.npy` (2, C, H, W) with `imagenet256_labels/{i}.npy` (1,), paired
-    by name; or else images, made squares of side `size`. Raises UserError where it is none of them."""
+    by name; or else images, made squares of side `size`. Raises UserError where it is none of them, and for a label
+    without features or features without a label."""
     folder = Path(folder)
     if (folder / "latents.json").exists():
         raise UserError(f"--data {folder}: not encoded to the end; run the same --encode command again")
@@ -2226,7 +2231,7 @@ def reading(path, expected):
     """A context in which every error becomes a UserError about `path`: damaged files raise many kinds."""
     try:
         yield
-    except UserError:                            # says it already
+    except (UserError, MemoryError, torch.OutOfMemoryError):     # says it already, or is not about the file
         raise
     except Exception as error:
         raise UserError(f"{path}: {str(error)[:300] or type(error).__name__}; expected {expected}") from None
@@ -2296,7 +2301,8 @@ def refuse_changes(path, saved, now):
     different = [f"--{name.replace('_', '-')} {saved.get(name)} (now {value})"
                  for name, value in now.items() if saved.get(name) != value]
     if different:
-        raise UserError(f"{path} was made with {', '.join(different)}: give the same flags or choose another --out")
+        raise UserError(f"{path} was made with {', '.join(different)}, or by another version of this program: give the "
+                        "same flags or choose another --out")
 
 
 def read_checkpoint(path, *expected):
@@ -2503,9 +2509,10 @@ def axes(sheet, left, top, side, points, names, logarithmic):
 
     low = np.min(points, axis=0)
     high = np.max(points, axis=0)
-    narrow = high < 1.1 * low                    # the labels of the ticks have three digits, and must differ
-    low = scaled(np.where(narrow, 0.95 * low, low))
-    high = scaled(np.where(narrow, 1.05 * high, high))
+    digits = np.where(high < 1.04 * low, 5, 3)   # so that the labels of the ticks differ
+    single = high < 1.002 * low                  # a single point has a range too
+    low = scaled(np.where(single, 0.999 * low, low))
+    high = scaled(np.where(single, 1.001 * high, high))
     margin = 0.05 * (high - low)
 
     def place(x, y):
@@ -2515,7 +2522,7 @@ def axes(sheet, left, top, side, points, names, logarithmic):
     ImageDraw.Draw(sheet).rectangle((left, top, left + side, top + side), outline=(200, 205, 215))
     for point in np.linspace(low, high, 5):
         values = [math.exp(value) if log else value for value, log in zip(point, logarithmic)]
-        x, y = [float(f"{value:.3g}") for value in values]                   # a tick stands where its label says
+        x, y = [float(f"{value:.{n}g}") for value, n in zip(values, digits)]     # a tick stands where its label says
         across, up = place(x, y)
         text(sheet, (across, top + side + 20), f"{x:g}", anchor="ms")
         text(sheet, (left - 8, up), f"{y:g}", anchor="rm")
@@ -2546,24 +2553,34 @@ def draw_losses(path, log_file):
     write_png(path, sheet)
 
 
+def free_height(taken, left, right, y):
+    """The height nearest to y at which words from left to right overlap none of `taken`, (left, right, height) each."""
+    for shift in sorted(range(-195, 196, 13), key=abs):
+        if all(right < a or b < left or abs(y + shift - height) >= 13 for a, b, height in taken):
+            return y + shift
+    return y
+
+
 def draw_recoverability(path, dots, distance):
     """recoverability.png: the loss after pruning against the distance, FID or toy-FID, after recovery. dots: {(loss,
     FID): names} of every choice of blocks that was recovered."""
     sheet = Image.new("RGB", (780, 680), "white")
     names = ("loss right after pruning (logarithmic)", f"{distance} after recovery (logarithmic, lower is better)")
     place = axes(sheet, 90, 50, 560, list(dots), names, (True, True))
-    labels = []                                  # the places of names, which must not overlap
+    taken = []                                   # (left, right, height) of every name
     for dot, methods in sorted(dots.items(), key=lambda dot: len(dot[1])):   # the named ones on top
         x, y = place(*dot)
-        label = y - 4
-        while methods and any(abs(x - a) < 150 and abs(label - b) < 13 for a, b in labels):
-            label += 13
-        labels += [(x, label)] if methods else []
         radius = 5 if methods else 3
         learned = {"learned", "no-groups"} & set(methods)
         colour = (205, 60, 20) if learned else (18, 62, 130) if methods else (170, 178, 190)
         ImageDraw.Draw(sheet).ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
-        text(sheet, (x + 8, label), ", ".join(methods), anchor="ls", size=12, fill=colour)
+        if methods:
+            words = ", ".join(methods)
+            right = x + 8 + ImageFont.load_default(12).getlength(words)
+            height = free_height(taken, x + 8, right, y - 4)
+            taken.append((x + 8, right, height))
+            ImageDraw.Draw(sheet).line((x, y, x + 8, height - 4), fill=colour)
+            text(sheet, (x + 8, height), words, anchor="ls", size=12, fill=colour)
     write_png(path, sheet)
 
 
@@ -2659,9 +2676,11 @@ class Run:
         if len(data.labels) < max(20, args.batch_size):
             raise UserError(f"{len(data.labels)} examples are too few: expected 20, and --batch-size {args.batch_size}")
         parts = world_size() * args.accumulate
-        if args.batch_size % parts or self.batch_size("learn") % parts or args.samples % world_size():
+        if args.batch_size % parts or self.batch_size("learn") % parts:
             raise UserError(f"--batch-size {args.batch_size} ({self.batch_size('learn')} while learning) cannot be cut "
-                            f"into {parts} parts, or --samples {args.samples} into {world_size()}")
+                            f"into {parts} parts")
+        if "measure" in args.stages and args.samples % world_size():
+            raise UserError(f"--samples {args.samples} cannot be cut into {world_size()} parts")
         if args.criterion == "oracle":
             oracle(model, self.groups)                       # raises ValueError for groups that do not fit
         if args.compare == "all":
@@ -2671,7 +2690,8 @@ class Run:
         for stage in list(RESULTS)[:last + 1]:
             anew = anew or not (args.out / RESULTS[stage]).exists()
             if anew and stage not in args.stages:
-                raise UserError(f"{args.out / RESULTS[stage]} is missing, and --stages leaves {stage} out; add it")
+                raise UserError(f"{args.out / RESULTS[stage]} is missing or outdated, and --stages leaves {stage} "
+                                "out; add it")
         if args.objective == "ddpm":
             self.diffusion.respaced(args.sample_steps)       # raises ValueError for steps out of range
         if args.objective == "mar" and args.sample_steps > model.num_tokens:
@@ -3255,7 +3275,6 @@ def refuse_unread(args, argv):
             (args.criterion != "learned", "--criterion", {"--learn-steps", "--learn-lr", "--logits-lr", "--update"}),
             (args.criterion[0].isdecimal(), "--criterion of blocks", {"--groups"}),
             (args.update == "frozen", "--update frozen", {"--learn-lr"}),
-            (args.stages == ["learn"], "--stages learn", {"--sample-steps", "--guidance"}),
             (args.stages == ["measure"], "--stages measure", {"--compile", "--accumulate"}),
             ("measure" not in args.stages, "--stages without measure", {"--samples", "--inception", "--ref"}),
             (not {"teacher", "measure"} & {*args.stages}, "--stages without teacher and measure", {"--vae"}),
@@ -3293,6 +3312,9 @@ def parse_args(argv=None):
     args.classes = content["classes"]
     name = Path(args.data).resolve().name if args.data else args.model.replace("/", "-")
     args.out = Path(args.out or f"runs/{name}")
+    source = args.data or args.encode
+    if source and args.out.resolve().is_relative_to(Path(source).resolve()):
+        raise UserError(f"--out {args.out} lies in {source}, where images are looked for: choose another --out")
     return args
 
 
@@ -3306,8 +3328,6 @@ def run_fid(args):
     count = f"{len(fake['p'])} samples" if "p" in fake else "statistics of samples"
     print(f"{args.fid}: {count}, drawn with {fake.get('settings', 'unknown settings')};\n"
           f"against {args.ref}; features of {args.inception or 'the two files'}")
-    if "p" in fake:
-        warn_of_few(len(fake["p"]))
 
 
 def guarded(prog, body):
@@ -3319,8 +3339,8 @@ def guarded(prog, body):
         if "No working C++ compiler" in str(error):
             words = "--compile needs a C++ compiler: install one, such as g++, or leave the flag out"
         elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-            less = "drawing with a smaller --batch-size" if prog == "sample.py" else "training with --accumulate 2"
-            words = f"out of memory; {less} takes less"
+            advice = "a smaller --batch-size" if prog == "sample.py" else "in training, --accumulate 2"
+            words = f"out of memory; {advice} takes less"
         else:
             raise
     except (UserError, ValueError, OSError) as error:        # a ValueError too says what is wrong with input
@@ -3336,7 +3356,6 @@ def run(args):
     """Do what the flags say."""
     with processes():
         if args.encode:
-            class_files(args.encode)             # a mistake in it is named before the autoencoder is loaded
             size = args.image_size or 256
             encode_images(args.encode, size, VAE(args.vae, pick_device(args.device)), args.out,
                           {"vae": args.vae, "image_size": size})
