@@ -3144,16 +3144,17 @@ def compare(runs, every_mask=False, seeds=(0, 1, 2)):
         if name not in masks:
             dot.append(name)
             better = sum(fids[mask] < fids[name] for mask in masks)
-            # Seed by seed.
-            lead = spread(np.subtract(found["no-groups"][3], fid), 1) if "no-groups" in found else "-"
+            lead = ["-", "-"]
+            if "no-groups" in found:             # the difference, seed by seed
+                _, _, free_recovered, free_fid = found["no-groups"]
+                lead = [spread(np.subtract(free_recovered, recovered), 4), spread(np.subtract(free_fid, fid), 1)]
             rows.append([name, " ".join(map(str, kept[0])), spread(pruned, 3), spread(recovered, 4), spread(fid, 1),
-                         lead, f"{better} of {len(masks)}" if masks else "-"])
+                         *lead, f"{better} of {len(masks)}" if masks else "-"])
     columns = ("kept", "loss_after_pruning", "loss_after_recovery", "fid")
     distance = "FID" if runs[0].args.inception else "toy-FID"
-    out = runs[0].out
-    write_json(out / "compare.json", {name: dict(zip(columns, values)) for name, values in found.items()})
+    write_json(runs[0].out / "compare.json", {name: dict(zip(columns, values)) for name, values in found.items()})
     print_table(["method", "kept blocks (first seed)", "loss after pruning", "loss after recovery",
-                 f"{distance} after recovery", "no-groups minus it", "better masks"], rows)
+                 f"{distance} after recovery", "no-groups minus it: loss", distance, "better masks"], rows)
     if runs[0].args.inception:
         warn_of_few(runs[0].args.samples)
     if masks:
@@ -3163,7 +3164,7 @@ def compare(runs, every_mask=False, seeds=(0, 1, 2)):
         print(f"\nSpearman's correlation of the loss after pruning with {distance}, over {len(masks)} masks: "
               f"{correlation:.2f}")
     if dots:
-        draw_recoverability(out / "recoverability.png", dots, distance)
+        draw_recoverability(runs[0].out / "recoverability.png", dots, distance)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
