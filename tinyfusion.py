@@ -55,6 +55,7 @@ import copy
 import fcntl
 import functools
 import inspect
+import io
 import itertools
 import json
 import math
@@ -2096,7 +2097,7 @@ class TrainingState:
 
     def save(self, step, parts, record):
         content = {name: part.state_dict() for name, part in parts.items()} | {"step": step, "record": record}
-        write_file(self.path, lambda file: torch.save(content, file))
+        write_torch(self.path, content)
 
     def restore(self, parts, record):
         content = read_checkpoint(self.path)
@@ -2242,11 +2243,9 @@ def writing(path):
     """A context in which a full disk, or another error of the system, becomes a UserError about `path`."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__ or error          # torch.save hides it
-        if isinstance(cause, OSError):
-            cause = UserError(f"cannot write {path}: {cause}; when that is mended, give the same command again")
-        raise cause from None
+    except OSError as error:
+        words = f"cannot write {path}: {error}; when that is mended, give the same command again"
+        raise UserError(words) from None
 
 
 def write_file(path, write):
@@ -2264,6 +2263,16 @@ def write_file(path, write):
         finally:
             temporary.unlink(missing_ok=True)
     gather(None)
+
+
+def write_torch(path, content):
+    """A dict as a PyTorch file, as by `write_file`. It is made in memory first, because a signal amid torch.save to a
+    file can abort the process."""
+    def write(file):
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        file.write(buffer.getbuffer())
+    write_file(path, write)
 
 
 def lock(folder):
@@ -2328,7 +2337,7 @@ def save_checkpoint(path, model, objective, sampling, classes, **more):
     `classes` (their names), and more plain data."""
     content = {"ema": model.state_dict(), "config": model.config(), "objective": objective, "sampling": sampling,
                "classes": classes, **more}
-    write_file(path, lambda file: torch.save(content, file))
+    write_torch(path, content)
 
 
 def unallocated(build):
