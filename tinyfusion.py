@@ -233,7 +233,7 @@ class DiT(nn.Module):
     """Diffusion transformer. The defaults are DiT-XL/2 on 32x32 latents of 256x256 images: 675,129,632 parameters.
 
     input_size: height and width of the input; patch_size: side of a patch in its pixels; learn_sigma: the output has a
-    second half of channels for the variance. Raises ValueError where sizes do not divide.
+    second half of channels, for the variance of a step (Chapter 2). Raises ValueError where sizes do not divide.
     Source: facebookresearch/DiT, models.py (names, initialisation and numerics; the text is ours).
     """
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
@@ -308,13 +308,13 @@ class DiT(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # Chapter 2. Diffusion
 #
-# Step t of 1000 adds noise of variance beta_t. The product of 1 - beta up to t, abar_t ("alpha bar"), is the share of
-# the image's variance that is left. Training: mix an image x_0 with noise, x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t)
-# noise, and have the model predict the noise. Sampling: start from noise and walk t down to 0; each step removes a
-# little of the predicted noise and adds a little fresh noise (DDPM, arXiv:2006.11239; DDIM, arXiv:2010.02502, is the
-# same walk without fresh noise, good in fewer steps). The variance of a step is learned too: v, the second half of the
-# model's output channels, interpolates in log space between the smallest and the largest sensible value
-# (arXiv:2102.09672). Schedule and losses have the values of the official code.
+# Step t of 1000 replaces a share beta_t of the variance by noise. The product of 1 - beta up to t, abar_t ("alpha
+# bar"), is the share of the image's variance that is left. Training: mix an image x_0 with noise, x_t = sqrt(abar_t)
+# x_0 + sqrt(1 - abar_t) noise, and have the model predict the noise. Sampling: start from noise and walk t down to 0;
+# each step removes a little of the predicted noise and adds a little fresh noise (DDPM, arXiv:2006.11239; DDIM,
+# arXiv:2010.02502, is the same walk without fresh noise, good in fewer steps). The variance of a step is learned too:
+# v, the second half of the model's output channels, interpolates in log space between the smallest and the largest
+# sensible value (arXiv:2102.09672). Schedule and losses have the values of the official code.
 # ---------------------------------------------------------------------------------------------------------------------
 
 def mean_flat(x):
@@ -404,12 +404,12 @@ class GaussianDiffusion(Objective):
         return self._at("sqrt_abar", t, x0) * x0 + self._at("sqrt_one_minus_abar", t, x0) * noise
 
     def _posterior_mean(self, x0, x_t, t):
-        """Mean of q(x_{t-1} | x_t, x0)."""
+        """Mean of q(x_{t-1} | x_t, x0), the distribution of x_{t-1} given x_t and x0."""
         return self._at("posterior_x0", t, x0) * x0 + self._at("posterior_xt", t, x0) * x_t
 
     def p_mean_variance(self, model_output, x_t, t, clip_denoised=False):
         """The step to x_{t-1} that the model's output (B, C or 2C, H, W) at x_t (B, C, H, W) implies: a dict of `mean`,
-        `log_variance` and `pred_xstart`, each (B, C, H, W). The prediction of the noise is detached, so a
+        `log_variance` and `pred_xstart`, the predicted x0, each (B, C, H, W). The predicted noise is detached, so a
         loss on these trains the variance alone. clip_denoised keeps the predicted image in [-1, 1], right for pixels
         and wrong for latents."""
         C = x_t.shape[1]
@@ -617,8 +617,8 @@ class LayerSampler(nn.Module):
     """A learnable distribution over layer masks, one categorical distribution per N:M group.
 
     groups: [(N, M), ...] from the first block to the last, e.g. [(1, 2)] * 14. All candidates start equally likely. The
-    logits are small numbers that are multiplied by `scale` before the softmax, so that AdamW, whose steps have the size
-    of the learning rate, can move the odds quickly. Raises ValueError as `check_group` does.
+    parameters are the logits divided by `scale`, small numbers, so that AdamW, whose steps have the size of the
+    learning rate, can move the odds quickly. Raises ValueError as `check_group` does.
     Source: the paper's differentiable layer sampling.
     """
 
@@ -671,7 +671,7 @@ class TopNSampler(nn.Module):
 
     A draw is the n largest keys k_i = scale * logit_i + Gumbel noise, which is sampling without replacement
     (arXiv:1903.06059). For the gradient the draw is relaxed to s_i = sigmoid((k_i - c) / tau), with a threshold c for
-    which the s_i sum to n. Raises ValueError unless 1 <= n <= depth.
+    which the s_i sum to n. Raises ValueError unless 1 <= n <= depth. Source: ours.
 
     c moves with the keys. Differentiating sum s_i = n gives sum s_i (1 - s_i) (dk_i - dc) = 0, so dc = sum w_i dk_i,
     with weights w_i in proportion to s_i (1 - s_i). The gradients that reach the keys then sum to 0: a block gains only
@@ -743,7 +743,8 @@ def make_sampler(groups):
 # train the logits of the distribution p and, along with them, a weight update dPhi. All masks share it, so it is a
 # rough and cheap stand-in for each one's own fine-tuning. It is low-rank (LoRA, arXiv:2106.09685), about 0.9 % of
 # DiT-XL's parameters. After learning it is thrown away, and `prune` applies the likeliest mask to the original weights.
-# (`train`, Chapter 9, loops AdamW; its loss_fn(step) returns a scalar and a dict of numbers to report.)
+# (`train`, Chapter 9, loops AdamW. Its loss_fn(step) is another one than that of `learn_layers`, and returns a scalar
+# and a dict of numbers to report.)
 # ---------------------------------------------------------------------------------------------------------------------
 
 def is_linear(module):
@@ -972,10 +973,10 @@ KD_MODES = ("masked", "feature", "logits", "none")
 def recovery_loss(student, teacher, diffusion, x0, y, pairs, kd="masked", beta=1e-2, k=2.0):
     """One batch's fine-tuning loss and its parts: (scalar, dict). x0 (B, C, H, W), y (B,), pairs from `match_blocks`.
 
-    kd: "masked", the paper's; "feature", outliers included; "logits", the outputs alone; "none", plain fine-tuning.
-    Labels are dropped here, once, so that both models get the same ones: the teacher must be in eval mode, and so must
-    the student's y_embedder. Raises ValueError where that is not so, for an unknown kd, or pairs out of order.
-    Source: the paper's masked knowledge distillation."""
+    kd: "masked", the paper's; "feature", outliers included; "logits", the outputs alone (not the mask's
+    logits); "none", plain fine-tuning. Labels are nulled here, once, so that both models get the same ones: the teacher
+    must be in eval mode, and so must the student's y_embedder. Raises ValueError where that is not so, for an unknown
+    kd, or pairs out of order. Source: the paper's masked knowledge distillation."""
     if kd not in KD_MODES:
         raise ValueError(f"kd {kd!r}: expected one of {', '.join(KD_MODES)}")
     if teacher.training or student.y_embedder.training:
@@ -1469,9 +1470,9 @@ def objective_of(name, model):
 # network: |mu1 - mu2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)). FID takes the features of an Inception network trained on
 # ImageNet. Without --inception we train a small classifier on the data, take its features, and call the result
 # *toy-FID*. It ranks models of one data set. A classifier with other starting weights gives other numbers, almost in
-# the same order. None can be compared with a published FID. Precision is the share of drawn images that look real,
-# recall the share of real ones that could have been drawn, and the inception score says whether images are clear and of
-# all classes.
+# the same order. No toy-FID can be compared with a published FID. Precision is the share of drawn images that look
+# real, recall the share of real ones that could have been drawn, and the inception score says whether images are clear
+# and of all classes.
 #
 # What is known of a set of N images with F features each is a dict of arrays, its statistics: `mu` (F,), `sigma` (F, F)
 # and, where known, `features` (N, F) and class probabilities `p` (N, classes). All features are in memory.
@@ -1698,7 +1699,7 @@ def measure(models, labels, draw, look, real, folder, batch_size=50):
 # Chapter 8. Data
 #
 # Small images are held in memory as uint8; the models see them in [-1, 1]. Large images are first made smaller by an
-# autoencoder (VAE), which turns 256x256 pixels into a latent of 32x32 numbers in 4 channels; the diffusion model draws
+# autoencoder (VAE). DiT's turns 256x256 pixels into a latent of 32x32 numbers in 4 channels. The diffusion model draws
 # latents, and the VAE makes pictures of them. All images are encoded once, into one file, from which batches are read
 # during a run.
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2605,8 +2606,8 @@ def print_table(header, rows):
 # Chapter 11. A run and its stages
 #
 # A run has one folder and one configuration, settings.json, which is written at the start; a later command with other
-# settings is refused. It has four stages, and a stage is finished when its file is there. To redo a stage, delete its
-# file; that stage and the later ones run again.
+# settings is refused (but for some learning rates, see `claim`). Its stages are teacher, learn, recover and measure. A
+# stage is finished when its file is there. To redo it, delete its file; that stage and the later ones run again.
 # ---------------------------------------------------------------------------------------------------------------------
 
 RESULTS = {"teacher": "teacher.pt", "learn": "layers.json", "recover": "student.pt", "measure": "results.json"}
@@ -2994,7 +2995,7 @@ def print_results(results):
 #        kept = criterion(model, groups, diffusion, examples)
 #
 # Then `compare` recovers what they choose with one budget, the same data, noise and seeds. Recover without a teacher
-# (--kd none), as the paper's tables do: a teacher would make up for a bad choice.
+# (--kd none), as in the paper's Table 3: a teacher would make up for a bad choice.
 # ---------------------------------------------------------------------------------------------------------------------
 
 def fixed_examples(diffusion, data, n=512, seed=0, device="cpu", batch_size=128):
@@ -3041,8 +3042,8 @@ def as_list(groups):
 
 
 def keep_highest(scores, groups):
-    """As many blocks as the groups keep in all, those of the highest scores (L,), ascending. The criteria below rank
-    all blocks together, so a group may keep more than its N, or none."""
+    """As many blocks as the groups keep in all, those of the highest scores (L,), ascending. The three
+    criteria below rank all blocks together, so a group may keep more than its N, or none."""
     count = sum(n for n, _ in as_list(groups))
     return sorted(scores.argsort(descending=True, stable=True)[:count].tolist())
 
