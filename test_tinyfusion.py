@@ -1252,11 +1252,31 @@ class Measuring(InFolder):
         self.assertAlmostEqual(tf.inception_score(torch.full((50, 10), 0.1)), 1)
         self.assertAlmostEqual(tf.inception_score(torch.eye(10).repeat(5, 1)), 10)
         self.assertGreater(tf.inception_score(torch.eye(10).repeat_interleave(2000, 0)), 9.9, "sorted, in four splits")
-        real = torch.cat([torch.randn(200, 4), torch.randn(200, 4) + 50])
+        real = torch.cat([torch.randn(200, 4), torch.randn(200, 4) + 50]).to(DEVICE)
         self.assertEqual(tf.precision_recall(real, real), (1, 1))
         self.assertEqual(tf.precision_recall(real, real + 1000), (0, 0))
-        precision, recall = tf.precision_recall(real, torch.randn(400, 4) * 0.9)            # one of two modes
+        precision, recall = tf.precision_recall(real, torch.randn_like(real) * 0.9)            # one of two modes
         self.assertTrue(precision > 0.8 and 0.3 < recall <= 0.5, (precision, recall))
+
+    def test_images_are_looked_at_without_tf32_and_masks_are_exact_whatever_the_caller_has_set(self):
+        self.addCleanup(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        torch.set_float32_matmul_precision("high")
+        seen = []
+
+        def net(x, **_):
+            seen.extend(backend.fp32_precision for backend in (torch.backends.cuda.matmul, torch.backends.cudnn.conv))
+            if GPU:
+                a, b = torch.randn(2, 300, 300, device=DEVICE)
+                torch.testing.assert_close((a @ b).double(), a.double() @ b.double(), rtol=1e-4, atol=1e-4)
+            return torch.zeros(1, 3)
+        with mock.patch.object(torch.jit, "load", return_value=mock.Mock(eval=lambda: net)):
+            tf.load_inception("net.pt", "cpu")(torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
+        self.assertEqual(set(seen), {"ieee"})
+        self.assertEqual(torch.get_float32_matmul_precision(), "high")
+        for sampler in (tf.LayerSampler([(2, 4)]).to(DEVICE), tf.TopNSampler(2, 4).to(DEVICE)):
+            with torch.autocast(DEVICE, torch.bfloat16):
+                masks = sampler(500)
+            self.assertTrue(((masks == 0) | (masks == 1)).all() and (masks.sum(1) == 2).all())
 
     def test_fid_is_the_same_from_a_folder_an_npz_file_and_saved_statistics(self):
         folder = self.folder
@@ -1569,17 +1589,18 @@ class Training(InFolder):
         graphs, compiling = [], functools.partialmethod(nn.Module.compile, backend=count)
         self.enterContext(mock.patch.object(nn.Module, "compile", compiling))
         self.enterContext(torch._dynamo.config.patch(fail_on_recompile_limit_hit=True))
-        teacher, diffusion, data = tiny_dit(num_classes=10), tf.GaussianDiffusion(), tf.toy_digits(200, size=8)
+        teacher, diffusion = tiny_dit(num_classes=10).to(DEVICE), tf.GaussianDiffusion()
+        data = tf.toy_digits(200, size=8)
 
         def learn():
-            loss_fn = tf.masked_denoising(diffusion, tf.data_batches(data, 12, 0))
+            loss_fn = tf.masked_denoising(diffusion, tf.data_batches(data, 12, 0, DEVICE))
             tf.learn_layers(teacher, loss_fn, [(1, 2)] * 2, 10, prepare=tf.compile_blocks)
 
         def recover():
             compiled, student = copy.deepcopy(teacher), tf.prune(teacher, [0, 3])
             for model in (compiled, student):
                 tf.compile_blocks(model)
-            tf.recover(student, compiled, diffusion, tf.data_batches(data, 12, 0), [(0, 1), (1, 3)], 5)
+            tf.recover(student, compiled, diffusion, tf.data_batches(data, 12, 0, DEVICE), [(0, 1), (1, 3)], 5)
         for stage in (learn, recover, learn):    # the last one in a process has its graphs too
             stage()
             self.assertTrue(0 < len(graphs) <= 8, len(graphs))
@@ -1827,8 +1848,9 @@ class Laboratory(Quick):
 
     def setUp(self):
         super().setUp()
-        self.model, self.diffusion, data = tiny_dit(num_classes=10), tf.GaussianDiffusion(), tf.toy_digits(size=8)
-        self.examples, again = (tf.fixed_examples(self.diffusion, data, n=48, batch_size=20) for _ in range(2))
+        self.model, self.diffusion = tiny_dit(num_classes=10).to(DEVICE), tf.GaussianDiffusion()
+        self.examples, again = (tf.fixed_examples(self.diffusion, tf.toy_digits(size=8), n=48, device=DEVICE,
+                                                  batch_size=20) for _ in range(2))
         torch.testing.assert_close(self.examples, again, rtol=0, atol=0)     # the same at every call
         self.arguments = self.model, [(1, 2)] * 2, self.diffusion, self.examples
 
@@ -2066,6 +2088,8 @@ class CommandLine(Quick):
             self.refused(reason, words)
         with mock.patch.dict(os.environ, {"WORLD_SIZE": "2"}):
             self.refused("without torchrun", TINY, run, "--compare all")
+        with mock.patch.object(tf, "gather", lambda value: [value, 7] if value == 0 else [value]):
+            self.refused("on a disk that they share", TINY, self.folder / "two", "--stages teacher")
         self.assertFalse((run / "teacher.pt").exists() or (run / "settings.json").exists())
 
     def test_an_official_checkpoint_of_latents_becomes_a_student_and_that_a_shallower_one(self):

@@ -719,11 +719,14 @@ class TopNSampler(nn.Module):
 
     def confidence(self, scale=100.0):
         """The probability (n,) of each of the blocks in `kept` to be kept: near 1 when the decision is made."""
-        return self.keep_probability(scale)[self.kept()]
+        return self.keep_probability(scale)[self._chosen()]
 
     def kept(self):
         """The blocks to keep, ascending: those of the n largest logits."""
-        return sorted(self.logits.topk(self.n).indices.tolist())
+        return self._chosen().tolist()
+
+    def _chosen(self):
+        return self.logits.topk(self.n).indices.sort().values
 
 
 def make_sampler(groups):
@@ -814,7 +817,7 @@ def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=
     the masked model's loss, a scalar. `set_mask` (Chapter 6) masks a model whose forward pass takes none. `update` is
     "lora", "full" (all weights train) or "frozen" (none do): the rows of the paper's Table 4. rank and alpha are those
     of `add_lora`, scale that of `LayerSampler`; tau falls linearly from tau[0] to tau[1]: from a quiet gradient to a
-    truer one. Works on a copy; prepare(copy) is called first, for example to compile its blocks. on_step and loop, more
+    truer one. Works on a copy; prepare(copy) is called first, for example to move it to a GPU. on_step and loop, more
     arguments, are those of `train`. The defaults are the paper's for DiT-XL, but without EMA (Chapter 9). Returns the
     sampler and its history, a list of (step, keep_probability). Raises ValueError for an unknown update, a model with
     no trainable weights, or a loss without the mask. Source: the paper's joint optimisation of mask and update."""
@@ -1556,6 +1559,7 @@ def train_judge(data, device, steps=400):
         return F.cross_entropy(judge(x), y), {}
 
     @torch.no_grad()
+    @without_tf32()
     def look(images):
         features = body(to_float(images).to(device))
         return features.cpu().numpy(), head(features).softmax(1).cpu().numpy()
@@ -1575,11 +1579,11 @@ def load_inception(path, device):
     TorchScript is a program, though not a Python one: take it from a place you trust. Raises UserError where it cannot
     be read."""
     @torch.no_grad()
+    @without_tf32()                              # as published FIDs are measured
     def look(images):
         x = images.expand(-1, 3, -1, -1).to(device)
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):     # float32, as for published FIDs
-            features = net(x, return_features=True)
-            return features.float().cpu().numpy(), net(x, no_output_bias=True).float().cpu().numpy()
+        features = net(x, return_features=True)
+        return features.float().cpu().numpy(), net(x, no_output_bias=True).float().cpu().numpy()
 
     with reading(path, "a TorchScript file called as NVIDIA's port is"), warnings.catch_warnings(action="ignore"):
         net = torch.jit.load(path, map_location=device).eval()               # warns that TorchScript is deprecated
@@ -2073,6 +2077,20 @@ def autocast(device, dtype=None):
     """A context in which matrix products run in `dtype`, or else in `default_dtype`."""
     dtype = dtype or default_dtype(device)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+@contextlib.contextmanager
+def without_tf32():
+    """A context in which a GPU multiplies float32 numbers as exactly as a CPU does."""
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before):
+            backend.fp32_precision = precision
 
 
 def compile_blocks(model):
@@ -2746,11 +2764,14 @@ class Run:
         return max(1, int(self.args.batch_size * (self.args.learn_batch if stage == "learn" else 1)))
 
     def training(self, stage):
-        """A stage's batches, and the arguments of `train` that all stages share; both start at its saved step."""
+        """A stage's batches, and the arguments of `train` that all stages share; both start at its saved step. Raises
+        UserError where the processes find different ones."""
         steps = getattr(self.args, f"{stage}_steps")
         size = self.batch_size(stage)
         seed = self.args.seed + list(RESULTS).index(stage)
         state = TrainingState(self.out / f"{stage}-state.pt")
+        if len(set(gather(state.step))) > 1:
+            raise UserError(f"{state.path}: not all processes see the same file; put --out on a disk that they share")
         print(f"{stage}: from step {state.step} to {steps}, of {size} images each; "
               f"{steps * size / len(self.data.labels):.1f} epochs in all")
         torch.manual_seed(seed)
@@ -2875,8 +2896,10 @@ def stage_learn(run, path):
     result = {}
     if args.criterion == "learned":
         batches, loop = run.training("learn")
+        teacher.cpu()                            # a GPU then holds only the copy that learns
         sampler, history = learn_layers(teacher, masked_denoising(run.diffusion, batches), run.groups, lr=args.learn_lr,
-                                        update=args.update, logits_lr=args.logits_lr, prepare=run.compiled, **loop)
+                                        update=args.update, logits_lr=args.logits_lr,
+                                        prepare=lambda copy: run.compiled(copy.to(run.device)), **loop)
         kept = sampler.kept()
         draw_decisions(run.out / "decisions.png", history, run.groups, kept)
         result = {"confidence": sampler.confidence().tolist(), "history": history}
