@@ -828,10 +828,10 @@ def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=
         add_lora(model, rank, alpha)
     elif update == "frozen":
         model.requires_grad_(False)
+    prepare(model)
     weights = [p for p in model.parameters() if p.requires_grad]
     if not weights and update != "frozen":
         raise ValueError("no weight of the model requires a gradient: nothing to update")
-    prepare(model)
     sampler = make_sampler(groups).to(next(model.parameters()).device)
     history = [(0, sampler.keep_probability(scale).tolist())]
     reached = set()                              # empty until a gradient has reached a mask
@@ -1224,6 +1224,12 @@ class SimpleMLPAdaLN(nn.Module):
         return self.final_layer(x, c).squeeze(1)
 
 
+def noisy_tokens(t):
+    """The indices, two tensors (n,), of the noisy tokens among times t (R * B, T). They take one wait for a GPU; t >= 0
+    itself would take one at every use."""
+    return (t >= 0).nonzero(as_tuple=True)
+
+
 class MAR(nn.Module):
     """Masked autoregressive transformer. The defaults are MAR-L on 16x16 latents, of 16 channels, of 256x256 images:
     478,326,304 parameters.
@@ -1292,7 +1298,7 @@ class MAR(nn.Module):
         E = len(self.encoder_blocks)
         if (known.sum(1) != known[0].sum()).any():
             raise ValueError("expected the same number of known tokens in every example of a batch")
-        readable = torch.cat([known.new_ones(B, self.buffer_size), known], 1)
+        readable = torch.cat([known.new_ones(B, self.buffer_size), known], 1).nonzero(as_tuple=True)
         encoder_mask, decoder_mask = (None, None) if mask is None else (mask[:, :E], mask[:, E:])
 
         vectors = torch.cat([self.class_emb.weight, self.fake_latent])       # (classes + 1, D)
@@ -1301,7 +1307,7 @@ class MAR(nn.Module):
         x = x[readable].view(B, -1, self.hidden_size)                        # (B, buffer + known, D)
         x, features = masked_forward(self.encoder_blocks, x, mask=encoder_mask, hidden=hidden)
         x = self.decoder_embed(self.encoder_norm(x))
-        full = self.mask_token.to(x.dtype).repeat(B, readable.shape[1], 1)   # (B, buffer + T, D)
+        full = self.mask_token.to(x.dtype).repeat(B, buffer.shape[1] + known.shape[1], 1)    # (B, buffer + T, D)
         full[readable] = x.flatten(0, 1)
         x, more = masked_forward(self.decoder_blocks, full + self.decoder_pos_embed_learned, mask=decoder_mask,
                                  hidden=[i - E for i in hidden])
@@ -1314,7 +1320,7 @@ class MAR(nn.Module):
         (n, 2F), a row for every noisy token. The R copies of the batch share their known tokens, so the blocks run
         once."""
         z, features = self.condition(x[:len(y)], t[:len(y)] < 0, y, mask, hidden or ())
-        noisy = t >= 0
+        noisy = noisy_tokens(t)
         out = self.diffloss["net"](x[noisy], t[noisy], z.repeat(len(x) // len(y), 1, 1)[noisy])
         return out if hidden is None else (out, features)
 
@@ -1349,13 +1355,13 @@ class MaskedAutoregression(Objective):
     def q_sample(self, x0, t, noise):
         """The tokens x_t (R * B, T, F) of x0 (B, C, H, W): noised where t is not -1, else as they are."""
         x = self._tokens(x0, t)
-        noisy = t >= 0
+        noisy = noisy_tokens(t)
         x[noisy] = self.diffusion.q_sample(x[noisy], t[noisy], self._tokens(noise, t)[noisy])
         return x
 
     def losses(self, model_output, x0, x_t, t, noise):
         """As for `GaussianDiffusion`, each (B,): means over the noisy tokens of an image and over its R copies."""
-        noisy = t >= 0
+        noisy = noisy_tokens(t)
         terms = self.diffusion.losses(model_output, self._tokens(x0, t)[noisy], x_t[noisy], t[noisy],
                                       self._tokens(noise, t)[noisy])
         copies = len(t) // len(x0)
@@ -1363,7 +1369,7 @@ class MaskedAutoregression(Objective):
 
     def distillation_losses(self, student_output, teacher_output, x_t, t):
         """As for `GaussianDiffusion`, but (R * B,): means over the noisy tokens of every copy."""
-        noisy = t >= 0
+        noisy = noisy_tokens(t)
         distances = self.diffusion.distillation_losses(student_output, teacher_output, x_t[noisy], t[noisy])
         return distances.view(len(t), -1).mean(1)
 
