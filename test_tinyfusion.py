@@ -1088,6 +1088,18 @@ class Placement(unittest.TestCase):
         def nonzero(tensor, as_tuple):           # 12 of 16 tokens are noisy; 3 + 4 are in the encoder
             rows = len(tensor) * {16: 12, 19: 7}[tensor.shape[1]]
             return torch.empty(2, rows, dtype=torch.long, device="meta").unbind()
+
+        def checked(name):                       # x[i] and x[i] = v take a CPU's numbers on "meta", and on a GPU some
+            real = getattr(torch.Tensor, name)
+
+            def call(tensor, key, *value):
+                parts = (*key, *value) if isinstance(key, tuple) else (key, *value)
+                if tensor.is_meta:
+                    self.assertTrue(all(part.is_meta for part in parts if torch.is_tensor(part)))
+                return real(tensor, key, *value)
+            self.enterContext(mock.patch.object(torch.Tensor, name, call))
+        checked("__getitem__")
+        checked("__setitem__")
         on_meta("item", lambda tensor: 0.75)
         on_meta("tolist", lambda tensor: list(range(tensor.numel())))        # as many blocks are kept as their number
         on_meta("__bool__", lambda tensor: False)
@@ -1259,10 +1271,13 @@ class Measuring(InFolder):
             if GPU:
                 a, b = torch.randn(2, 300, 300, device=DEVICE)
                 torch.testing.assert_close((a @ b).double(), a.double() @ b.double(), rtol=1e-4, atol=1e-4)
-            return torch.zeros(1, 3)
+            return torch.zeros(1, 1)
         with mock.patch.object(torch.jit, "load", return_value=mock.Mock(eval=lambda: net)):
             tf.load_inception("net.pt", "cpu")(torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
-        self.assertEqual(set(seen), {"ieee"})
+        judge, _ = tf.train_judge(tf.toy_digits(40, size=8), "cpu", steps=2)
+        with mock.patch.object(tf, "to_float", lambda images: net(images) + images):
+            judge(torch.zeros(1, 1, 8, 8))
+        self.assertEqual((len(seen), set(seen)), (10, {"ieee"}))
         self.assertEqual(torch.get_float32_matmul_precision(), "high")
         for sampler in (tf.LayerSampler([(2, 4)]).to(DEVICE), tf.TopNSampler(2, 4).to(DEVICE)):
             with torch.autocast(DEVICE, torch.bfloat16):

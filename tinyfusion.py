@@ -2898,11 +2898,10 @@ def stage_learn(run, path):
     """Choose the blocks of the teacher to keep: learn them, or take those of a criterion of Chapter 12, or those named.
     Learning writes decisions.png too."""
     args = run.args
-    teacher = run.load(run.teacher_path)
+    teacher = load_checkpoint(run.teacher_path)[0]           # on the CPU; a GPU needs only the copy that learns
     result = {}
     if args.criterion == "learned":
         batches, loop = run.training("learn")
-        teacher.cpu()                            # a GPU then holds only the copy that learns
         sampler, history = learn_layers(teacher, masked_denoising(run.diffusion, batches), run.groups, lr=args.learn_lr,
                                         update=args.update, logits_lr=args.logits_lr,
                                         prepare=lambda copy: run.compiled(copy.to(run.device)), **loop)
@@ -2911,7 +2910,7 @@ def stage_learn(run, path):
         result = {"confidence": sampler.confidence().tolist(), "history": history}
     elif args.criterion in CRITERIA:
         torch.manual_seed(args.seed + 1)
-        kept = CRITERIA[args.criterion](teacher, run.groups, run.diffusion, run.examples)
+        kept = CRITERIA[args.criterion](teacher.to(run.device), run.groups, run.diffusion, run.examples)
     else:
         kept = named_blocks(args.criterion)
     write_json(path, {"kept": kept, **result})
