@@ -230,7 +230,8 @@ def initialize(model, normal):
 
 
 class DiT(nn.Module):
-    """Diffusion transformer. The defaults are DiT-XL/2 on 32x32 latents of 256x256 images: 675,129,632 parameters.
+    """Diffusion transformer. The defaults are DiT-XL/2 (patches of side 2) on 32x32 latents of 256x256 images:
+    675,129,632 parameters.
 
     input_size: height and width of the input; patch_size: side of a patch in its pixels; learn_sigma: the output has a
     second half of channels, for the variance of a step (Chapter 2). Raises ValueError where sizes do not divide.
@@ -290,7 +291,8 @@ class DiT(nn.Module):
         return x if hidden is None else (x, features)
 
     def forward_with_cfg(self, x, t, y, cfg_scale, cfg_channels=3):
-        """Classifier-free guidance (arXiv:2207.12598): exaggerate, by cfg_scale, what the class changes.
+        """Classifier-free guidance (arXiv:2207.12598): exaggerate, by cfg_scale (`guidance` in Chapter 2), what
+        the class changes.
 
         x (B, C, H, W), t (1,) or (B,), y (B,); returns (B, out_channels, H, W). Guidance acts on the first
         `cfg_channels` channels, 3 in the official code, with which DiT's published numbers were made; None: on all of
@@ -669,9 +671,10 @@ class TopNSampler(nn.Module):
     """A learnable distribution over the masks that keep n of `depth` blocks, wherever they are: one logit per block,
     and no groups. It is called like a LayerSampler. It goes beyond the paper; on a first reading skip it.
 
-    A draw is the n largest keys k_i = scale * logit_i + Gumbel noise, which is sampling without replacement
-    (arXiv:1903.06059). For the gradient the draw is relaxed to s_i = sigmoid((k_i - c) / tau), with a threshold c for
-    which the s_i sum to n. Raises ValueError unless 1 <= n <= depth. Source: ours.
+    A draw is the n largest keys k_i = logit_i + Gumbel noise (here too the parameters are the logits divided by
+    `scale`), which is sampling without replacement (arXiv:1903.06059). For the gradient the draw is relaxed to s_i =
+    sigmoid((k_i - c) / tau), with a threshold c for which the s_i sum to n. Raises ValueError unless 1 <= n <= depth.
+    Source: ours.
 
     c moves with the keys. Differentiating sum s_i = n gives sum s_i (1 - s_i) (dk_i - dc) = 0, so dc = sum w_i dk_i,
     with weights w_i in proportion to s_i (1 - s_i). The gradients that reach the keys then sum to 0: a block gains only
@@ -751,7 +754,7 @@ def make_sampler(groups):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def is_linear(module):
-    """Whether it is nn.Linear or transformers' Conv1D, a linear layer with weight (in, out) and `nf`, its out."""
+    """Whether it is nn.Linear or Hugging Face's Conv1D, a linear layer with weight (in, out) and `nf`, its out."""
     weight = getattr(module, "weight", None)
     conv1d = hasattr(module, "nf") and torch.is_tensor(weight) and weight.dim() == 2 and weight.shape[1] == module.nf
     return isinstance(module, nn.Linear) or conv1d
@@ -816,11 +819,11 @@ def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=
     loss_fn(model, sample_mask) draws a batch, calls `mask = sample_mask(batch_size)` for its masks (B, L), and returns
     the masked model's loss, a scalar. `set_mask` (Chapter 6) masks a model whose forward pass takes none. `update` is
     "lora", "full" (all weights train) or "frozen" (none do): the rows of the paper's Table 4. rank and alpha are those
-    of `add_lora`, scale that of `LayerSampler`; tau falls linearly from tau[0] to tau[1]: from a quiet gradient to a
-    truer one. Works on a copy; prepare(copy) is called first, for example to move it to a GPU. on_step and loop, more
-    arguments, are those of `train`. The defaults are the paper's for DiT-XL, but without EMA (Chapter 9). Returns the
-    sampler and its history, a list of (step, keep_probability). Raises ValueError for an unknown update, a model with
-    no trainable weights, or a loss without the mask. Source: the paper's joint optimisation of mask and update."""
+    of `LoRALinear`, lr is the update's rate, scale that of `LayerSampler`; tau falls linearly from tau[0] to tau[1]:
+    from a quiet gradient to a truer one. Works on a copy; prepare(copy) is called first, for example to move it to a
+    GPU. on_step and loop, more arguments, are those of `train`. The defaults are the paper's for DiT-XL, but without
+    EMA (Chapter 9). Returns the sampler and its history, a list of (step, keep_probability). Raises ValueError for an
+    unknown update, a model with no trainable weights, or a loss without the mask. Source: the paper's method."""
     if update not in ("lora", "full", "frozen"):
         raise ValueError(f"update {update!r}: expected lora, full or frozen")
     model = copy.deepcopy(model).train()
@@ -862,8 +865,8 @@ def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=
 
 
 def masked_denoising(diffusion, batches):
-    """The loss_fn of `learn_layers` for a diffusion model: the training loss of the next of `batches`, (x0, y), with a
-    mask of its own for every example."""
+    """The loss_fn of `learn_layers` for a diffusion model: the training loss, by `diffusion`, an Objective (Chapter 2),
+    of the next of `batches`, x0 (B, C, H, W) and y (B,), with a mask of its own for every example."""
     def loss_fn(model, sample_mask):
         x0, y = next(batches)
         t = diffusion.sample_t(len(x0), x0.device)
@@ -974,7 +977,8 @@ KD_MODES = ("masked", "feature", "logits", "none")
 
 
 def recovery_loss(student, teacher, diffusion, x0, y, pairs, kd="masked", beta=1e-2, k=2.0):
-    """One batch's fine-tuning loss and its parts: (scalar, dict). x0 (B, C, H, W), y (B,), pairs from `match_blocks`.
+    """One batch's fine-tuning loss and its parts: (scalar, dict). diffusion: an Objective (Chapter 2); x0 (B, C, H, W),
+    y (B,); pairs from `match_blocks`; beta: the weight of the features; k as in `masked_feature_loss`.
 
     kd: "masked", the paper's; "feature", outliers included; "logits", the outputs alone (not the mask's
     logits); "none", plain fine-tuning. Labels are nulled here, once, so that both models get the same ones: the teacher
@@ -1013,9 +1017,10 @@ def recover(student, teacher, diffusion, batches, pairs, steps, *, kd="masked", 
             final_lr_ratio=0.5, ema_decay=0.9999, **loop):
     """Fine-tune a pruned `student`, in place, with its `teacher`; returns the moving average of its weights as a model.
 
-    batches: an iterator of (x0, y). beta falls linearly to 0; the paper starts it at 1e-2 for DiT, at 2e-4 for SiT. kd
-    and k as in `recovery_loss`; loop: more arguments of `train` (Chapter 9), such as on_step. Defaults are the paper's
-    for DiT-XL (lr 2e-4, cosine to 1e-4). Raises ValueError as `recovery_loss` does."""
+    batches: an iterator of x0 (B, C, H, W) and y (B,). beta falls linearly to 0; the paper starts it at 1e-2 for DiT,
+    at 2e-4 for SiT. kd and k as in `recovery_loss`; loop: more arguments of `train` (Chapter 9), such as on_step.
+    Defaults are the paper's for DiT-XL (lr 2e-4, cosine to 1e-4). Raises ValueError as `recovery_loss` does. Source:
+    the paper's recovery."""
     teacher.eval()
     student.train()
     student.y_embedder.eval()                    # recovery_loss drops labels, for both models at once
@@ -1225,8 +1230,8 @@ class SimpleMLPAdaLN(nn.Module):
 
 
 def noisy_tokens(t):
-    """The indices, two tensors (n,), of the noisy tokens among times t (R * B, T). They take one wait for a GPU; t >= 0
-    itself would take one at every use."""
+    """Of the noisy tokens among times t (R * B, T) the row and the place, two tensors (n,). The CPU waits once for a
+    GPU to find them; with t >= 0 as an index it would wait at every use."""
     return (t >= 0).nonzero(as_tuple=True)
 
 
@@ -2087,7 +2092,7 @@ def autocast(device, dtype=None):
 
 @contextlib.contextmanager
 def without_tf32():
-    """A context in which a GPU multiplies float32 numbers as exactly as a CPU does."""
+    """A context in which a GPU does not round the factors of float32 products to TF32, which has 10 bits of 23."""
     backends = torch.backends.cuda.matmul, torch.backends.cudnn.conv
     before = [backend.fp32_precision for backend in backends]
     try:
