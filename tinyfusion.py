@@ -806,8 +806,9 @@ def masked_feature_loss(student, teacher, k=2.0):
 
     def inlier(h):
         h = h.detach().float()
-        deviation = (h - h.mean((1, 2), keepdim=True)).abs()
-        return ~(deviation > k * h.std((1, 2), keepdim=True))                # not <=, because inf * 0 is NaN
+        deviation = h - h.mean((1, 2), keepdim=True)
+        std = torch.linalg.vector_norm(deviation, dim=(1, 2), keepdim=True) / math.sqrt(h[0].numel() - 1)
+        return ~(deviation.abs() > k * std)                                  # not <=, because inf * 0 is NaN
     both = inlier(student) & inlier(teacher)                                 # (B, T, D)
     difference = torch.where(both, student - teacher.detach(), 0)
     return (difference.float().square().sum((1, 2)) / both.sum((1, 2)).clamp(min=1)).mean()
