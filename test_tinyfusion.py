@@ -1890,7 +1890,7 @@ class Rules(InFolder):
     def test_the_oracle_is_the_papers_for_28_blocks_and_refuses_what_is_not_half(self):
         depth_28 = mock.Mock(blocks=range(28))
         self.assertEqual(tf.oracle(depth_28, [(2, 4)] * 7), [0, 2, 4, 6, 8, 10, 12, 15, 17, 19, 21, 23, 25, 27])
-        with self.assertRaisesRegex(ValueError, "one block of every pair: expected groups that keep half of 28"):
+        with self.assertRaisesRegex(tf.UserError, "one block of every pair: expected groups that keep half of 28"):
             tf.oracle(depth_28, [(1, 4)] * 7)
 
     def test_the_loop_over_criteria_has_one_line_of_flags_and_its_table_one_row_for_each(self):

@@ -76,7 +76,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
-# Chapter 1. The model: DiT
+# Chapter 1. The model: DiT                                                                      (Part I, the method)
 #
 # A diffusion transformer (Peebles & Xie, arXiv:2212.09748) cuts the noisy image into patches, makes each one a token,
 # and sends the tokens through L residual blocks of one shape. The timestep and the class enter every block as shifts,
@@ -251,6 +251,7 @@ class DiT(nn.Module):
         c = self.t_embedder(t) + self.y_embedder(y)                          # (B, D)
         x, features = masked_forward(self.blocks, x, c, mask=mask, hidden=hidden or ())
         x = self.final_layer(x, c).unflatten(2, (self.patch_size ** 2, -1))  # (B, T, P * P, 2C)
+        # Patches to images (B, 2C, H, W).
         x = F.fold(x.permute(0, 3, 2, 1).flatten(1, 2), self.input_size, self.patch_size, stride=self.patch_size)
         return x if hidden is None else (x, features)
 
@@ -489,8 +490,8 @@ def masked_forward(blocks, x, *args, mask=None, hidden=(), skip=None):
     blocks: any sequence of modules that map (B, ...) to (B, ...), each example by itself; args: further arguments of
     every block; mask (B, L) of zeros and ones (more than 0.5 counts as 1), or None to run all. Returns x and the list
     of outputs of the blocks whose numbers are in `hidden`, in depth order.
-    skip: whether to use the exact shortcut `skip_dropped`, or None for where it pays: always, but on a GPU that learns
-    a mask only from 64 examples on (DiT-XL/2 on one H100: 1.2 times as fast as the formula with 128 images, 0.7 times
+    skip: whether to use the exact shortcut `skip_dropped`; None to choose: yes, except on a GPU that learns a mask from
+    fewer than 64 examples (DiT-XL/2 on one H100: 1.2 times as fast as the formula with 128 images, 0.7 times
     with 32, in two thirds of the memory or less). With it, the weights of a block that nobody keeps have no gradient
     (None) where the formula gives zeros. Source: the paper's differentiable layer sampling; the shortcut is ours."""
     if mask is not None:
@@ -520,35 +521,6 @@ def exact_mask(mask, dtype):
     return (mask > 0.5).to(dtype) + (mask - mask.detach())
 
 
-def skip_dropped(block, x, args, m, kept, dropped):
-    """One step of `masked_forward`, x <- m * block(x) + (1 - m) * x, with the formula's values and gradients, but
-    without its useless work. Where m = 0, nothing flows back through the block, and its output is needed only as a
-    number, for dloss/dm. So a dropped block runs forward without a graph, and not at all backward. Where m needs no
-    gradient, it does not run at all. The price: a block is called twice, for the kept and for the dropped examples.
-    x (B, ...); m (B,), the block's column of the mask; kept, dropped: the examples with m = 1 and with m = 0, as in
-    `kept_and_dropped`. Of args, a tensor whose first dimension is B has a row per example; everything else is shared by
-    all examples and stays whole (tensors inside lists or dicts are not looked for). Source: ours."""
-    def with_outputs(values, rows):              # `values`, with the block's outputs in these rows
-        given = [a.index_select(0, rows) if torch.is_tensor(a) and a.shape[:1] == x.shape[:1] else a
-                 for a in (x, *args)]            # autocast may change the type
-        return values.index_copy(0, rows, block(*given).to(x.dtype)) if len(rows) else values
-    out = with_outputs(x, kept)
-    if not (m.requires_grad and torch.is_grad_enabled()):
-        return out
-    with torch.no_grad():                        # the dropped rows need no graph
-        change = with_outputs(out, dropped) - x  # block(x) - x, in all rows
-    # Adding 0 * change leaves the values alone and gives m its gradient. (An inf or NaN in `change` would spoil it.)
-    return out + (m - m.detach()).view(-1, *[1] * (x.dim() - 1)) * change
-
-
-def kept_and_dropped(mask):
-    """For each block of mask (B, L) the indices of the examples that keep it, and of those that drop it: L pairs."""
-    keep = mask.detach() > 0.5
-    rows = keep.byte().argsort(dim=0, descending=True, stable=True)          # (B, L): a block's kept examples first
-    counts = keep.sum(0).tolist()                # one wait for a GPU; nonzero() would take one per block
-    return [rows[:, i].split([count, len(mask) - count]) for i, count in enumerate(counts)]
-
-
 def nm_masks(n, m):
     """All ways to keep n of m blocks, the paper's candidate masks: a 0/1 matrix (candidates, m)."""
     if not 1 <= n <= m <= 1000 or math.comb(m, n) > 100_000:
@@ -559,9 +531,9 @@ def nm_masks(n, m):
 
 class LayerSampler(nn.Module):
     """A learnable distribution over layer masks, one categorical distribution per N:M group. groups: [(N, M), ...] from
-    the first block to the last, e.g. [(1, 2)] * 14. All candidates start equally likely, as with any constant. The
-    parameters are the logits divided by `scale`, small numbers, so that AdamW, whose steps have the size of the
-    learning rate, can move the odds quickly. Source: the paper's differentiable layer sampling."""
+    the first block to the last, e.g. [(1, 2)] * 14. All candidates start equally likely. The parameters are the logits
+    divided by `scale`, small numbers, so that AdamW, whose steps have the size of the learning rate, can move the odds
+    quickly. Source: the paper's differentiable layer sampling."""
 
     def __init__(self, groups):
         super().__init__()
@@ -611,6 +583,35 @@ def make_sampler(groups):
     return SAMPLERS[type(groups)](groups)
 
 
+def skip_dropped(block, x, args, m, kept, dropped):
+    """One step of `masked_forward`, x <- m * block(x) + (1 - m) * x, with the formula's values and gradients, but
+    without its useless work. Where m = 0, nothing flows back through the block, and its output is needed only as a
+    number, for dloss/dm. So a dropped block runs forward without a graph, and not at all backward. Where m needs no
+    gradient, it does not run at all. The price: a block is called twice, for the kept and for the dropped examples.
+    x (B, ...); m (B,), the block's column of the mask; kept, dropped: the examples with m = 1 and with m = 0, as in
+    `kept_and_dropped`. Of args, a tensor whose first dimension is B has a row per example; everything else is shared by
+    all examples and stays whole (tensors inside lists or dicts are not looked for). Source: ours."""
+    def with_outputs(values, rows):              # `values`, with the block's outputs in these rows
+        given = [a.index_select(0, rows) if torch.is_tensor(a) and a.shape[:1] == x.shape[:1] else a
+                 for a in (x, *args)]            # autocast may change the type
+        return values.index_copy(0, rows, block(*given).to(x.dtype)) if len(rows) else values
+    out = with_outputs(x, kept)
+    if not (m.requires_grad and torch.is_grad_enabled()):
+        return out
+    with torch.no_grad():                        # the dropped rows need no graph
+        change = with_outputs(out, dropped) - x  # block(x) - x, in all rows
+    # Adding 0 * change leaves the values alone and gives m its gradient. (An inf or NaN in `change` would spoil it.)
+    return out + (m - m.detach()).view(-1, *[1] * (x.dim() - 1)) * change
+
+
+def kept_and_dropped(mask):
+    """For each block of mask (B, L) the indices of the examples that keep it, and of those that drop it: L pairs."""
+    keep = mask.detach() > 0.5
+    rows = keep.byte().argsort(dim=0, descending=True, stable=True)          # (B, L): a block's kept examples first
+    counts = keep.sum(0).tolist()                # one wait for a GPU; nonzero() would take one per block
+    return [rows[:, i].split([count, len(mask) - count]) for i, count in enumerate(counts)]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Chapter 4. Recoverability: learning the mask as if fine-tuning had begun
 #
@@ -648,7 +649,7 @@ class LoRALinear(nn.Module):
 def add_lora(model, rank=8, alpha=16.0):
     """Freeze `model`, wrap every nn.Linear inside it with a LoRALinear, in place, and return the new parameters, now
     the only trainable ones. What is not an nn.Linear stays as it is: q, k and v of nn.MultiheadAttention, and the
-    Conv1D layers of transformers' GPT-2, which update="full" of `learn_layers` serves.
+    Conv1D layers of transformers' GPT-2 (for these, `learn_layers` with update="full").
     Source: arXiv:2106.09685, on every linear layer as in the TinyFusion paper."""
     model.requires_grad_(False)
     for module in list(model.modules()):
@@ -701,7 +702,8 @@ def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=
     sampler = make_sampler(groups).to(next(model.parameters()).device)
     sampler.reached = False                      # True once a backward pass has reached a mask
     history = [(0, sampler.keep_probability(scale).tolist())]
-    unused = ValueError("the loss does not depend on the mask: use sample_mask, and use_reentrant=False in checkpoints")
+    unused = ValueError("the loss does not depend on the mask: use sample_mask (with frozen weights, checkpoints need "
+                        "use_reentrant=False)")
 
     # `train` has its own loss_fn: it takes the step and returns (loss, metrics). Do not confuse the two.
     def loss(step):
@@ -880,7 +882,7 @@ def recover(student, teacher, diffusion, batches, pairs, steps, *, kd="masked", 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Chapter 6. The training loop
+# Chapter 6. The training loop                                                                 (Part II, the program)
 #
 # One loop serves the teacher, the layers, the student and the judge: AdamW, gradient clipping, and an exponential
 # moving average (EMA) of the weights, from which images are drawn. A run can be killed at any moment and goes on from
@@ -891,116 +893,6 @@ def recover(student, teacher, diffusion, batches, pairs, steps, *, kd="masked", 
 # the other, for small cards. Given the same random numbers, the gradient is the same however a batch is cut.
 
 SAVE_SECONDS = 30                                # between two saves of a state, or 30 times what a save takes
-
-
-class UserError(Exception):
-    """A user's mistake in one line: what was wrong, what was expected, what to do. The exit status is then 2."""
-
-
-def require(condition, words):
-    if not condition:
-        raise UserError(words)
-
-
-@contextlib.contextmanager
-def blame(path, expected):
-    """A context in which every error becomes a UserError about `path`: damaged files raise many kinds."""
-    try:
-        yield
-    except (UserError, MemoryError, torch.OutOfMemoryError):     # says it already, or is not about the file
-        raise
-    except Exception as error:
-        raise UserError(f"{path}: {str(error)[:300] or type(error).__name__}; expected {expected}") from None
-
-
-def write_file(path, save):
-    """Write what save(file) puts into a file in memory under another name, and rename that to `path`, so that it is
-    whole whenever the program is stopped. Of several processes only the first writes."""
-    if rank() == 0:
-        buffer = io.BytesIO()                    # a signal amid torch.save to a real file can abort the process
-        save(buffer)
-        part = Path(path).with_name(f".{Path(path).name}.part")
-        with blame(path, "a disk that takes it; then give the same command again"), contextlib.ExitStack() as stack:
-            stack.callback(part.unlink, missing_ok=True)     # called at the end, also after an error
-            part.write_bytes(buffer.getbuffer())
-            part.replace(path)
-
-
-def write_json(path, content):
-    write_file(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
-
-
-def read_json(path, *expected):
-    """The dict in a JSON file, with at least the entries `expected`."""
-    with blame(path, f"a file of this program with {', '.join(expected)}; remove it or choose another --out"):
-        content = json.loads(Path(path).read_text())
-        return content | {name: content[name] for name in expected}
-
-
-def claim(path, settings):
-    """Write `settings` to a JSON file, unless it is there with others, which are named."""
-    saved = read_json(path) if path.exists() else settings
-    different = [f"{name} {saved.get(name)} (now {new})" for name, new in settings.items() if saved.get(name) != new]
-    require(not different, f"{path} was made with {', '.join(different)}: give the same flags or choose another --out")
-    write_json(path, settings)
-
-
-def read_checkpoint(path):
-    """The dict in a PyTorch file, read as data: nothing in it is run, and what would run is refused."""
-    require(os.path.isfile(path), f"checkpoint {path}: no such file")
-    content = None
-    with contextlib.suppress(Exception), torch.serialization.safe_globals([argparse.Namespace]):      # official `args`
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    words = "expected a whole PyTorch file of plain data, not safetensors; nothing in it was run"
-    require(isinstance(content, dict), f"checkpoint {path}: {words}")
-    return content
-
-
-def rank():
-    """The number of this process among those that torchrun started; 0 where there is one."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def gather(value=None):
-    """A list of every process's `value`, arrays or plain data, in the order of their numbers. Each waits for all."""
-    values = [value] * world_size()
-    if dist.is_initialized():
-        dist.all_gather_object(values, value)
-    return values
-
-
-@contextlib.contextmanager
-def processes():
-    """A context in which the processes that torchrun started can exchange data, and only the first one prints."""
-    if dist.is_torchelastic_launched():
-        import torch._dynamo  # now: imported later, it keeps the process group alive, and the exit can crash
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    with contextlib.redirect_stdout(None if rank() else sys.stdout):         # print says nothing where it is None
-        yield
-    if dist.is_initialized():                    # not after an error: torchrun ends the others
-        dist.destroy_process_group()
-
-
-def pick_device(name):
-    """A torch.device that is there: the named one, else the first GPU, else the CPU."""
-    with blame(f"--device {name}", f"cpu or cuda; this machine has {torch.cuda.device_count()} GPUs"):
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type == "cuda":                # of several processes every one has its own
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", device.index or 0)))
-        return torch.zeros(1, device=device.type).device
-
-
-def compiled(model, wanted=True):
-    """The model, its blocks compiled in place by torch.compile if wanted: a slow start and faster steps."""
-    if wanted:
-        torch.compiler.reset()                   # torch keeps 8 variants of a block's code; learning alone needs 6
-        for block in model.blocks:
-            block.compile(dynamic=True)
-    return model
 
 
 def window_of(steps):
@@ -1141,6 +1033,118 @@ def logged(path, stage, steps, first=0):
     return on_step
 
 
+# What the loop and the other chapters stand on: errors in one line, whole files, processes, devices.
+
+class UserError(Exception):
+    """A user's mistake in one line: what was wrong, what was expected, what to do. The exit status is then 2."""
+
+
+def require(condition, words):
+    if not condition:
+        raise UserError(words)
+
+
+@contextlib.contextmanager
+def blame(path, expected):
+    """A context in which every error becomes a UserError about `path`: damaged files raise many kinds."""
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):     # says it already, or is not about the file
+        raise
+    except Exception as error:
+        raise UserError(f"{path}: {str(error)[:300] or type(error).__name__}; expected {expected}") from None
+
+
+def write_file(path, save):
+    """Write what save(file) puts into a file in memory under another name, and rename that to `path`, so that it is
+    whole whenever the program is stopped. Of several processes only the first writes."""
+    if rank() == 0:
+        buffer = io.BytesIO()                    # a signal amid torch.save to a real file can abort the process
+        save(buffer)
+        part = Path(path).with_name(f".{Path(path).name}.part")
+        with blame(path, "a disk that takes it; then give the same command again"), contextlib.ExitStack() as stack:
+            stack.callback(part.unlink, missing_ok=True)     # called at the end, also after an error
+            part.write_bytes(buffer.getbuffer())
+            part.replace(path)
+
+
+def write_json(path, content):
+    write_file(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
+
+
+def read_json(path, *expected):
+    """The dict in a JSON file, with at least the entries `expected`."""
+    with blame(path, f"a file of this program with {', '.join(expected)}; remove it or choose another --out"):
+        content = json.loads(Path(path).read_text())
+        return content | {name: content[name] for name in expected}
+
+
+def claim(path, settings):
+    """Write `settings` to a JSON file, unless it is there with others, which are named."""
+    saved = read_json(path) if path.exists() else settings
+    different = [f"{name} {saved.get(name)} (now {new})" for name, new in settings.items() if saved.get(name) != new]
+    require(not different, f"{path} was made with {', '.join(different)}: give the same flags or choose another --out")
+    write_json(path, settings)
+
+
+def read_checkpoint(path):
+    """The dict in a PyTorch file, read as data: nothing in it is run, and what would run is refused."""
+    require(os.path.isfile(path), f"checkpoint {path}: no such file")
+    content = None
+    with contextlib.suppress(Exception), torch.serialization.safe_globals([argparse.Namespace]):      # official `args`
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    words = "expected a whole PyTorch file of plain data, not safetensors; nothing in it was run"
+    require(isinstance(content, dict), f"checkpoint {path}: {words}")
+    return content
+
+
+def rank():
+    """The number of this process among those that torchrun started; 0 where there is one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(value=None):
+    """A list of every process's `value`, arrays or plain data, in the order of their numbers. Each waits for all."""
+    values = [value] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
+@contextlib.contextmanager
+def processes():
+    """A context in which the processes that torchrun started can exchange data, and only the first one prints."""
+    if dist.is_torchelastic_launched():
+        import torch._dynamo  # now: imported later, it keeps the process group alive, and the exit can crash
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    with contextlib.redirect_stdout(None if rank() else sys.stdout):         # print says nothing where it is None
+        yield
+    if dist.is_initialized():                    # not after an error: torchrun ends the others
+        dist.destroy_process_group()
+
+
+def pick_device(name):
+    """A torch.device that is there: the named one, else the first GPU, else the CPU."""
+    with blame(f"--device {name}", f"cpu or cuda; this machine has {torch.cuda.device_count()} GPUs"):
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda":                # of several processes every one has its own
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        return torch.zeros(1, device=device.type).device
+
+
+def compiled(model, wanted=True):
+    """The model, its blocks compiled in place by torch.compile if wanted: a slow start and faster steps."""
+    if wanted:
+        torch.compiler.reset()                   # torch keeps 8 variants of a block's code; learning alone needs 6
+        for block in model.blocks:
+            block.compile(dynamic=True)
+    return model
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Chapter 7. Data
 #
@@ -1167,7 +1171,7 @@ class Dataset:
         return x
 
     def describe(self):
-        """The number of examples and a checksum of classes, labels and images, or of 1,000 latents or more."""
+        """The number of examples and a checksum of classes, labels and images (of latents, a sample)."""
         every = max(1, len(self.labels) // 1000) if self.latent else 1
         value = zlib.crc32(self.labels.numpy(), zlib.crc32(str(self.classes).encode()))
         value = zlib.crc32(np.ascontiguousarray(self.images[::every]), value)
@@ -1687,27 +1691,21 @@ def text(sheet, xy, words, anchor="la", size=14, width=math.inf):
     ImageDraw.Draw(sheet).text(xy, words, fill=(40, 40, 40), font=font, anchor=anchor)
 
 
-def image_grid(images, columns, names):
+def image_grid(images, columns, names, titles=()):
     """A PIL image of uint8 images (N, C, H, W), row by row, small ones magnified to about 64 pixels. names: of classes,
-    written above all or the first images."""
+    written above all or the first images. titles: of the rows, on the left."""
     tiles = F.interpolate(images.expand(-1, 3, -1, -1), scale_factor=max(1, 64 // images.shape[2]))
     # White: a line around every image, 18 rows above it for a name, and what the last row lacks.
     tiles = F.pad(tiles, (1, 1, 19, 1, 0, 0, 0, -len(images) % columns), value=255)
     height, width = tiles.shape[2:]
     pixels = tiles.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)    # (H, W, 3)
-    grid = Image.fromarray(pixels.numpy())
+    left = 190 if titles else 0
+    grid = ImageOps.expand(Image.fromarray(pixels.numpy()), (left, 0, 0, 0), "white")
     for i, name in enumerate(names):
-        text(grid, (i % columns * width + width / 2, i // columns * height + 15), name, anchor="ms", width=width)
+        text(grid, (left + (i % columns + 0.5) * width, i // columns * height + 15), name, anchor="ms", width=width)
+    for i, title in enumerate(titles):
+        text(grid, (180, (i + 0.5) * height + 9), title, anchor="rm")        # 9: below the names
     return grid
-
-
-def titled_rows(rows, names):
-    """A PIL image of rows {title: uint8 images (N, C, H, W)}, with the titles on the left and `names` on top."""
-    grid = image_grid(torch.cat(list(rows.values())), len(names), names)
-    sheet = ImageOps.expand(grid, (190, 0, 0, 0), "white")
-    for i, title in enumerate(rows):
-        text(sheet, (180, (i + 0.5) * grid.height / len(rows) + 9), title, anchor="rm")      # 9: below the names
-    return sheet
 
 
 def draw_decisions(history, groups, kept, confidence):
@@ -1729,12 +1727,13 @@ def draw_decisions(history, groups, kept, confidence):
 # ---------------------------------------------------------------------------------------------------------------------
 # Chapter 10. Rules and stages
 #
-# Older methods drop the blocks that hurt least *now*. Here are five such rules, functions of one shape,
-# kept = rule(model, groups, diffusion, examples). To compare learning with them, run each into a folder of its own
-# (--criterion), with one teacher and --kd none (a teacher would make up for a bad choice), and print a --table of all.
+# Older methods drop the blocks that hurt least *now*. Here are five rules to compare with, functions of one shape,
+# kept = rule(model, groups, diffusion, examples); the first three rank all blocks together, across groups. To compare,
+# run each into a folder of its own (--criterion), with one teacher and --kd none (a teacher would make up for a bad
+# choice), and print a --table of all.
 #
-# A run has four stages. The `run` that they share is the namespace of the flags, to which `set_up` (Chapter 11) has
-# added data, groups and so on. To redo a stage, delete its file of RESULTS; it and the later ones run again.
+# A run has four stages. The `run` that they share holds the flags, the model's row in PRESETS and what `set_up`
+# (Chapter 11) adds: data, groups and so on. To redo a stage, delete its file of RESULTS; the later ones run again too.
 
 def fixed_examples(data, n=512, seed=0, device="cpu", batch_size=128):
     """Batches (x0, y) of n examples in all, or of all there are, the same at every call: x0 (B, C, H, W), y (B,)."""
@@ -1795,8 +1794,8 @@ def sensitivity(model, groups, diffusion, examples):
 def oracle(model, groups, diffusion=None, examples=None):
     """Of every pair keep the first in the model's first half, else the second. Source: BK-SDM, arXiv:2305.15798."""
     depth = len(model.blocks)
-    if depth != 2 * sum(n for n, _ in as_list(groups)):
-        raise ValueError(f"the oracle keeps one block of every pair: expected groups that keep half of {depth} blocks")
+    half = depth == 2 * sum(n for n, _ in as_list(groups))
+    require(half, f"the oracle keeps one block of every pair: expected groups that keep half of {depth} blocks")
     return [i if i < depth / 2 else i + 1 for i in range(0, depth, 2)]
 
 
@@ -1885,7 +1884,7 @@ def judge_of(run):
 
 
 def stage_measure(run, path):
-    """Compare teacher, pruned model and student. For FID, which takes hours, the pruned one draws no images."""
+    """Compare teacher, pruned model and student. For FID, of hours, the pruned one draws its 20 alone."""
     teacher, kept, pruned = teacher_and_pruned(run)
     models = {"teacher": teacher, "pruned": pruned, "student": run.ready(load_checkpoint(run.out / "student.pt")[0])}
     drawn = {name: model for name, model in models.items() if not (run.inception and name == "pruned")}
@@ -1907,13 +1906,15 @@ def stage_measure(run, path):
         if judge and len(run.data.classes) > 1:
             row["accuracy"] = float((stats[name]["p"].argmax(1) == run.data.labels[chosen].numpy()).mean())
         pictures[f"{name}, {len(model.blocks)} blocks"] = draw(model, run.data.labels[shown], range(20))
-    sheet = titled_rows(pictures, [run.data.classes[y] for y in run.data.labels[shown].tolist()])
+    names = [run.data.classes[y] for y in run.data.labels[shown].tolist()]
+    sheet = image_grid(torch.cat(list(pictures.values())), len(names), names, pictures)
     write_file(run.out / "samples.png", lambda file: sheet.save(file, "PNG"))
     write_json(path, {"rows": rows, "kept": kept, "judge": judge, "conditions": run.conditions})
 
 
 def run_stage(run, stage):
-    """Run a stage, unless its file is there. Figures that were measured under other conditions are replaced."""
+    """Run a stage, unless its file is there. Figures that were measured under other conditions are replaced (only the
+    stage measure has conditions)."""
     path = run.out / RESULTS[stage]
     before = read_json(path).get("conditions") if stage == "measure" and path.exists() else run.conditions
     if gather(path.exists() and before == run.conditions)[0]:                # all look before one of them writes
