@@ -954,10 +954,11 @@ def train(model, loss_fn, steps, *, params=None, lr=1e-4, final_lr_ratio=1.0, wa
     ema = copy.deepcopy(model) if ema_decay else nn.Module()
     parts = {"trained": nn.ParameterList(weights), "optimizer": optimizer, "ema": ema}
     if state and state.step:
-        for name, part in parts.items():
-            part.load_state_dict(state.content[name])
-        if record:                               # it has grown since its start
-            record[:] = state.content["record"]
+        with blame(state.path, "a state of this version; remove it"):
+            for name, part in parts.items():
+                part.load_state_dict(state.content[name])
+            if record:                           # it has grown since its start
+                record[:] = state.content["record"]
     for step in range(state.step if state else 0, steps):
         if seed is not None:
             torch.manual_seed(int(np.random.SeedSequence([seed, rank(), step]).generate_state(1, np.uint64)[0]))
@@ -1001,7 +1002,7 @@ def progress(label, steps, unit="steps", first=0, shorter=""):
         if rank() == 0 and (now >= printed + 10 or step + 1 == steps):
             speed = (step + 1 - first) / (now - start)
             left = (steps - step - 1) / speed
-            hint = f" left ({shorter} take less)" if left > 86400 and printed == start else " left"
+            hint = f" left ({shorter} take less)" if shorter and left > 86400 and printed == start else " left"
             print(f"{label:8} {step + 1}/{steps}{words}  {speed:.3g} {unit}/s  {duration(left)}{hint}", file=sys.stderr)
             printed = now
     return report
@@ -1247,7 +1248,7 @@ def files_in(folder, above=()):
 def class_files(folder):
     """The names of the classes and [(path, label), ...] of the files in a folder with one sub-folder per class. Classes
     are sorted by name, or by value if all names are whole numbers."""
-    parts = {path.name: files_in(path) for path in visible(folder)}
+    parts = {path.name: files_in(path, (os.path.realpath(folder),)) for path in visible(folder)}
     names = sorted(parts, key=int if all(map(str.isdecimal, parts)) else None)
     empty = [name for name in names if not parts[name]]
     require(names and not empty, f"{folder}: expected one sub-folder of images per class; without images: {empty}")
@@ -1258,7 +1259,9 @@ def load_arrays(path, mmap_mode=None):
     """The array in an .npy file, or the dict of arrays in an .npz file. Raises UserError."""
     with blame(path, "a whole .npy or .npz file"):
         content = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
-        return content if Path(path).suffix == ".npy" else dict(content)
+        if isinstance(content, np.ndarray) != (Path(path).suffix == ".npy"):
+            raise ValueError("it holds the other kind")
+        return content if isinstance(content, np.ndarray) else dict(content)
 
 
 def open_data(folder, size, num_classes=None):
@@ -1272,6 +1275,7 @@ def open_data(folder, size, num_classes=None):
     latents = load_arrays(folder / "latents.npy", "r")
     labels = load_arrays(folder / "labels.npy")
     fits = latents.ndim == 5 and latents.shape[:2] == (*labels.shape, 2) and labels.dtype.kind in "iu"
+    fits = fits and latents.dtype in (np.float16, np.float32, np.float64)
     require(fits, f"{folder}: {latents.shape} and {labels.dtype} {labels.shape}; expected (N, 2, C, H, W) and int (N,)")
     limit = num_classes or 100_000
     low, high = labels.min(initial=0), labels.max(initial=0)
@@ -1631,7 +1635,8 @@ def find_weights(checkpoint):
     (several GPUs), "_orig_mod." (torch.compile), "ema_model." (an average; the other names are then left out)."""
     entries = [checkpoint.get(key) for key in ("ema", "model_ema", "ema_model", "model", "state_dict")]
     dicts = [entry for entry in [*entries, checkpoint] if isinstance(entry, dict)]
-    found = ({str(key): value.float() for key, value in one.items() if torch.is_tensor(value)} for one in dicts)
+    found = ({str(key): value.float() for key, value in one.items() if torch.is_tensor(value) and value.dim()}
+             for one in dicts)                   # a tensor of one number counts something, as "n_averaged"
     tensors = next(filter(None, found), {})
     averaged = {key: weight for key, weight in tensors.items() if "ema_model." in key} or tensors
     return {re.sub(r"\b(module|_orig_mod|ema_model)\.", "", key): weight for key, weight in averaged.items()}
@@ -1644,8 +1649,9 @@ def load_checkpoint(path, device="cpu", name=None):
     like DiT's). Raises UserError where weights, config and name do not fit, and for a weight that is not finite."""
     checkpoint = read_checkpoint(path)
     weights = find_weights(checkpoint)
-    says = {"args": getattr(checkpoint.get("args"), "__dict__", {}), "config": checkpoint.get("config"),
-            "objective": checkpoint.get("objective")}
+    args = checkpoint.get("args")
+    says = {"args": args if isinstance(args, dict) else getattr(args, "__dict__", {}),
+            "config": checkpoint.get("config"), "objective": checkpoint.get("objective")}
     with blame(f"checkpoint {path}", "weights and config of one model"):
         known = [read(weights, says) for read in READERS]
         require(any(known), f"checkpoint {path}: no weights of a model that this program knows; the entries are "
@@ -1664,7 +1670,8 @@ def load_checkpoint(path, device="cpu", name=None):
                  for one in (row, PRESETS[found])}
         require(len(kinds) == 1, f"checkpoint {path} is a {found}, not a {name}: give that --model, or none")
         sampling = {"steps": row["sample_steps"], "guidance": row["guidance"], **row["sampling"]}
-        sampling = dict(checkpoint.get("sampling", sampling))
+        known = inspect.signature(row["objective"](model).sample).parameters
+        sampling |= {key: value for key, value in dict(checkpoint.get("sampling", {})).items() if key in known}
         classes = [str(word) for word in checkpoint.get("classes", range(model.num_classes))]
         numbers = [sampling[key] for key in sampling.keys() - {"solver", "cfg_channels"}]    # those two may be words
         fit = len(classes) == model.num_classes and all(isinstance(number, (int, float)) for number in numbers)
@@ -1680,7 +1687,9 @@ def sample_images(model, labels, indices, *, diffusion, seed, sampling, decode=t
     `seed`. sampling: arguments of the objective's `sample`; decode makes images of what it returns."""
     device = next(model.parameters()).device
     draw = noise_source(indices, (model.in_channels, model.input_size, model.input_size), seed, device)
-    return decode(diffusion.sample(model, labels.to(device), draw, **sampling)).cpu()
+    x = diffusion.sample(model, labels.to(device), draw, **sampling)
+    require(x.isfinite().all(), "the model draws numbers that are not finite; expected one that has not diverged")
+    return decode(x).cpu()
 
 
 def text(sheet, xy, words, anchor="la", size=14, width=math.inf):
@@ -1859,7 +1868,7 @@ def teacher_and_pruned(run):
     """The teacher, the blocks to keep of it, and the model that has only these."""
     teacher = run.ready(load_checkpoint(run.out / "teacher.pt")[0])
     with blame(run.out / "layers.json", "the kept blocks of this teacher; remove it, and they are chosen again"):
-        kept = read_json(run.out / "layers.json")["kept"]
+        kept = [int(i) for i in read_json(run.out / "layers.json")["kept"]]
         return teacher, kept, run.ready(prune(teacher, kept))
 
 
@@ -2064,7 +2073,11 @@ def parse_args(argv):
     require(f",{args.stages}," in f",{','.join(RESULTS)},", f"--stages: expected {','.join(RESULTS)} or a part of it")
     require(not args.encode or args.vae and args.out, "--encode goes with --vae NAME and --out, the folder to write to")
     require(not args.fid or args.ref, "--fid goes with --ref")
+    require(not args.ref or args.fid or args.inception, "--ref goes with --inception, or with --fid")
     args.out = Path(args.out or Path("runs", Path(args.data or args.model.replace("/", "-")).resolve().name))
+    images = args.data and not Path(args.data, "latents.npy").exists()
+    inside = images and args.out.resolve().is_relative_to(Path(args.data).resolve())
+    require(not inside, f"--out {args.out} lies in --data, where images are looked for: choose another --out")
     return args
 
 
@@ -2139,7 +2152,8 @@ def run_program(args):
             for stage in args.stages.split(","):
                 run_stage(args, stage)
             if "measure" in args.stages:
-                print_results(read_json(args.out / "results.json", "rows", "conditions", "judge"))
+                with blame(args.out / "results.json", "figures of this program; remove it to measure again"):
+                    print_results(read_json(args.out / "results.json", "rows", "conditions", "judge"))
             print(f"\n{duration(time.perf_counter() - start)}; results in {args.out}/")
 
 
