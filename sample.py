@@ -51,17 +51,15 @@ def choose_labels(words, classes):
     chosen = []
     for word in classes if words is None else words.split(","):
         number = int(word) if word.strip().isdecimal() else len(classes)
-        require(word in classes or number < len(classes),
-                f"--labels {words}: {word!r} is no class; expected names or numbers from 0 to {len(classes) - 1}: "
-                f"{', '.join(classes[:9])} ...")
+        require(word in classes or number < len(classes), f"--labels {words}: {word!r} is no class; expected names or "
+                f"numbers from 0 to {len(classes) - 1}: {', '.join(classes[:9])} ...")
         chosen.append(classes.index(word) if word in classes else number)
     return chosen
 
 
 def choose_decoder(args, model, device):
     """The function that turns what `model` draws into what is written. Raises UserError where flags do not fit."""
-    C = model.in_channels
-    pixels = C in (1, 3)
+    C, pixels = model.in_channels, model.in_channels in (1, 3)
     require(not (args.vae and pixels) and (args.vae or pixels or args.npz),
             f"{args.ckpt} draws {C} channels: 1 or 3 need no --vae; others need it, or --npz FILE")
     if args.vae:
@@ -99,9 +97,8 @@ def run(args):
     N = args.num_images or 10 * len(chosen)
     labels = torch.tensor(np.resize(chosen, N))              # the labels in turn
     names = [checkpoint["classes"][y] for y in labels.tolist()]
-    settings = ", ".join(f"{name} {value}" for name, value in sampling.items()) + f", seed {args.seed}"
-    report = progress("images", N, unit="images")
-    parts = []
+    settings = ", ".join(f"{name} {value}" for name, value in (sampling | {"seed": args.seed}).items())
+    report, parts = progress("images", N, "images", shorter="fewer --num-images or --steps"), []
     for index in torch.arange(N).split(args.batch_size):
         parts.append(sample_images(model, labels[index], index.tolist(), diffusion=checkpoint["objective"],
                                    seed=args.seed, sampling=sampling, decode=decode))

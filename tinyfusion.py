@@ -1075,7 +1075,7 @@ def write_json(path, content):
 
 def read_json(path, *expected):
     """The dict in a JSON file, with at least the entries `expected`."""
-    with blame(path, f"a file of this program with {', '.join(expected)}; remove it or choose another --out"):
+    with blame(path, "a whole file of this program; remove it or choose another --out"):
         content = json.loads(Path(path).read_text())
         return content | {name: content[name] for name in expected}
 
@@ -1635,8 +1635,8 @@ def find_weights(checkpoint):
     (several GPUs), "_orig_mod." (torch.compile), "ema_model." (an average; the other names are then left out)."""
     entries = [checkpoint.get(key) for key in ("ema", "model_ema", "ema_model", "model", "state_dict")]
     dicts = [entry for entry in [*entries, checkpoint] if isinstance(entry, dict)]
-    found = ({str(key): value.float() for key, value in one.items() if torch.is_tensor(value) and value.dim()}
-             for one in dicts)                   # a tensor of one number counts something, as "n_averaged"
+    found = ({str(key): value.float() for key, value in one.items()
+              if torch.is_tensor(value) and value.is_floating_point()} for one in dicts)     # not "n_averaged"
     tensors = next(filter(None, found), {})
     averaged = {key: weight for key, weight in tensors.items() if "ema_model." in key} or tensors
     return {re.sub(r"\b(module|_orig_mod|ema_model)\.", "", key): weight for key, weight in averaged.items()}
