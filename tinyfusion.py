@@ -763,9 +763,10 @@ def copy_to_prune(model, kept, lists):
 def prune(model, kept, lists=None):
     """A shallower copy of `model`: only the blocks numbered in `kept`, everything else the same, weights untouched.
     lists as in `blocks_of`. The blocks left in a list are numbered anew, and so is a block's `layer_idx` (its index in
-    Hugging Face's key-value cache) if it was the block's place in its list. What else depends on the depth is yours to
-    adapt: a configuration (config.num_layers), attention that is scaled by layer_idx, parts that read a certain block,
-    as the head of diffusers' DiT reads block 0's embedding. Source: the paper, which prunes the original weights."""
+    Hugging Face's key-value cache) if it was the block's place in its list. This is for models that are ours or do not
+    count their blocks. One that does (tables or text features per layer, U-skips) silently becomes another model:
+    `drop_blocks` (Appendix A) serves it. A configuration (config.num_layers) or a part that reads a certain block (the
+    head of diffusers' DiT reads block 0) is yours to adapt. Source: the paper, which prunes the original weights."""
     kept = [int(i) for i in kept]
     pruned = copy_to_prune(model, kept, lists)
     number = itertools.count()                   # of a block, over all lists
