@@ -493,7 +493,8 @@ def masked_forward(blocks, x, *args, mask=None, hidden=(), skip=None):
     skip: whether to use the exact shortcut `skip_dropped`; None to choose: yes, except on a GPU that learns a mask from
     fewer than 64 examples (DiT-XL/2 on one H100: 1.2 times as fast as the formula with 128 images, 0.7 times
     with 32, in two thirds of the memory or less). With it, the weights of a block that nobody keeps have no gradient
-    (None) where the formula gives zeros. Source: the paper's differentiable layer sampling; the shortcut is ours."""
+    (None) where the formula gives zeros. Source: the paper's differentiable layer sampling; the shortcut is ours.
+    Raises ValueError for a mask of another shape."""
     if mask is not None:
         if mask.shape != (len(x), len(blocks)):
             raise ValueError(f"mask is {tuple(mask.shape)}, expected (examples, blocks) = {(len(x), len(blocks))}")
@@ -533,7 +534,7 @@ class LayerSampler(nn.Module):
     """A learnable distribution over layer masks, one categorical distribution per N:M group. groups: [(N, M), ...] from
     the first block to the last, e.g. [(1, 2)] * 14. All candidates start equally likely. The parameters are the logits
     divided by `scale`, small numbers, so that AdamW, whose steps have the size of the learning rate, can move the odds
-    quickly. Source: the paper's differentiable layer sampling."""
+    quickly. Source: the paper's differentiable layer sampling. Raises ValueError for an impossible N:M."""
 
     def __init__(self, groups):
         super().__init__()
@@ -803,7 +804,7 @@ def masked_feature_loss(student, teacher, k=2.0):
     An entry is an outlier where |h - mean(h)| > k * std(h), mean and std over tokens and channels of one example.
     k = inf leaves nothing out: plain feature KD. Source: the paper's masked knowledge distillation. (The public code
     masks each model by its own mask and averages over all entries, so an outlier of one model alone costs the square of
-    the other's entry. Ours leaves it out, as the paper's text does.)"""
+    the other's entry. Ours leaves it out, as the paper's text does.) Raises ValueError unless both are (B, T, D)."""
     if student.shape != teacher.shape or student.dim() != 3:
         raise ValueError(f"hidden states {tuple(student.shape)}, {tuple(teacher.shape)}: expected the same (B, T, D)")
 
