@@ -98,7 +98,7 @@ def run(args):
     labels = torch.tensor(np.resize(chosen, N))              # the labels in turn
     names = [checkpoint["classes"][y] for y in labels.tolist()]
     settings = ", ".join(f"{name} {value}" for name, value in (sampling | {"seed": args.seed}).items())
-    report, parts = progress("images", N, "images", shorter="fewer --num-images or --steps"), []
+    report, parts = progress("images", N, "images"), []
     for index in torch.arange(N).split(args.batch_size):
         parts.append(sample_images(model, labels[index], index.tolist(), diffusion=checkpoint["objective"],
                                    seed=args.seed, sampling=sampling, decode=decode))

@@ -62,7 +62,6 @@ import re
 import signal
 import sys
 import time
-import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -81,8 +80,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 # A diffusion transformer (Peebles & Xie, arXiv:2212.09748) cuts the noisy image into patches, makes each one a token,
 # and sends the tokens through L residual blocks of one shape. The timestep and the class enter every block as shifts,
 # scales and gates ("adaLN-Zero"). Every block maps (B, T, D) to (B, T, D) and adds to its input. That is why one can
-# be dropped without touching the others. Names and initialisation are those of the official code, whose checkpoints
-# load with strict=True.
+# be dropped without touching the others. Names and initialisation are the official code's, so its checkpoints load.
 # ---------------------------------------------------------------------------------------------------------------------
 
 def modulate(x, shift, scale):
@@ -300,10 +298,9 @@ def mean_flat(x):
     return x.flatten(1).mean(1)
 
 
-def normal_kl(mean1, log_variance1, mean2, log_variance2):
-    """KL(N(mean1, var1) || N(mean2, var2)) in nats, elementwise."""
-    return 0.5 * (log_variance2 - log_variance1 - 1 + torch.exp(log_variance1 - log_variance2)
-                  + (mean1 - mean2) ** 2 * torch.exp(-log_variance2))
+def normal_kl(mean1, logvar1, mean2, logvar2):
+    """KL(N(mean1, var1) || N(mean2, var2)) in nats, elementwise; logvar is the logarithm of var."""
+    return 0.5 * (logvar2 - logvar1 - 1 + torch.exp(logvar1 - logvar2) + (mean1 - mean2) ** 2 * torch.exp(-logvar2))
 
 
 def discretized_gaussian_log_likelihood(x, mean, log_variance):
@@ -491,10 +488,9 @@ def masked_forward(blocks, x, *args, mask=None, hidden=(), skip=None):
     every block; mask (B, L) of zeros and ones (more than 0.5 counts as 1), or None to run all. Returns x and the list
     of outputs of the blocks whose numbers are in `hidden`, in depth order.
     skip: whether to use the exact shortcut `skip_dropped`; None to choose: yes, except on a GPU that learns a mask from
-    fewer than 64 examples (DiT-XL/2 on one H100: 1.2 times as fast as the formula with 128 images, 0.7 times
-    with 32, in two thirds of the memory or less). With it, the weights of a block that nobody keeps have no gradient
-    (None) where the formula gives zeros. Source: the paper's differentiable layer sampling; the shortcut is ours.
-    Raises ValueError for a mask of another shape."""
+    fewer than 64 examples (DiT-XL/2 on one H100: 1.2 times as fast as the formula with 128 images, 0.7 times with 32,
+    in two thirds of the memory or less). With it, the weights of a block that nobody keeps have no gradient (None), by
+    the formula zeros. Source: the paper's layer sampling; the shortcut is ours. Raises ValueError for a wrong shape."""
     if mask is not None:
         if mask.shape != (len(x), len(blocks)):
             raise ValueError(f"mask is {tuple(mask.shape)}, expected (examples, blocks) = {(len(x), len(blocks))}")
@@ -544,8 +540,7 @@ class LayerSampler(nn.Module):
 
     def forward(self, batch_size, tau=1.0, scale=100.0):
         """One independent mask per example: (B, L), exactly 0 or 1, exactly N ones per group, with the gradient of the
-        softmax at temperature `tau`. tau changes only the gradient: a high one gives a biased but quiet gradient, a low
-        one a less biased but noisier one."""
+        softmax at temperature `tau`. tau changes only the gradient: a high one is biased but quiet, a low one noisy."""
         parts = []
         for logits, candidates in zip(self.logits, self.buffers()):
             p = F.gumbel_softmax((logits * scale).expand(batch_size, -1), tau=tau)          # (B, candidates)
@@ -585,13 +580,12 @@ def make_sampler(groups):
 
 
 def skip_dropped(block, x, args, m, kept, dropped):
-    """One step of `masked_forward`, x <- m * block(x) + (1 - m) * x, with the formula's values and gradients, but
-    without its useless work. Where m = 0, nothing flows back through the block, and its output is needed only as a
-    number, for dloss/dm. So a dropped block runs forward without a graph, and not at all backward. Where m needs no
-    gradient, it does not run at all. The price: a block is called twice, for the kept and for the dropped examples.
-    x (B, ...); m (B,), the block's column of the mask; kept, dropped: the examples with m = 1 and with m = 0, as in
-    `kept_and_dropped`. Of args, a tensor whose first dimension is B has a row per example; everything else is shared by
-    all examples and stays whole (tensors inside lists or dicts are not looked for). Source: ours."""
+    """One step of `masked_forward`, with the formula's values and gradients but without its useless work. Where m = 0,
+    nothing flows back through the block, and its output is needed only as a number, for dloss/dm. So a dropped block
+    runs forward without a graph, and not at all backward. Where m needs no gradient, it does not run at all. The price:
+    a block is called twice, for the kept and for the dropped examples. x (B, ...); m (B,), the block's column of the
+    mask; kept, dropped: the examples with m = 1 and with m = 0. Of args, a tensor whose first dimension is B has a row
+    per example; everything else is shared and stays whole (tensors inside lists or dicts are not looked for)."""
     def with_outputs(values, rows):              # `values`, with the block's outputs in these rows
         given = [a.index_select(0, rows) if torch.is_tensor(a) and a.shape[:1] == x.shape[:1] else a
                  for a in (x, *args)]            # autocast may change the type
@@ -627,8 +621,7 @@ def kept_and_dropped(mask):
 
 class LoRALinear(nn.Module):
     """A frozen linear layer with a trainable low-rank update: y = W x + b + (alpha / rank) lora_B lora_A x, for x (...,
-    in), y (..., out), lora_A (rank, in), lora_B (out, rank). lora_B starts at zero, so the layer starts as the one it
-    wraps. Source: arXiv:2106.09685."""
+    in), y (..., out), lora_A (rank, in), lora_B (out, rank). lora_B and the update start at 0. (arXiv:2106.09685)"""
 
     def __init__(self, base, rank=8, alpha=16.0):
         super().__init__()
@@ -657,16 +650,12 @@ def add_lora(model, rank=8, alpha=16.0):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear) and not isinstance(module, LoRALinear):
                 setattr(module, name, LoRALinear(child, rank, alpha))
-    added = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not added:
-        raise ValueError("add_lora found no linear layer to wrap: is the model wrapped already, or of other layers?")
-    return added
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def draw_mask(sampler, batch_size, tau, scale):
-    """A mask (B, L) from a sampler, as a leaf: every gradient that reaches it is passed on to the sampler at once. So
-    they may come one after the other, as from an activation checkpoint with use_reentrant=True, which runs a backward
-    pass of its own for each block. It sets sampler.reached."""
+    """A mask (B, L) from a sampler, as a leaf: each gradient that reaches it is passed on to the sampler at once, and
+    sets sampler.reached. An activation checkpoint with use_reentrant=True brings several, a backward pass per block."""
     with torch.inference_mode(False):            # with a graph, also where loss_fn calls it under no_grad
         mask = sampler(batch_size, tau, scale)
         leaf = mask.detach().requires_grad_()
@@ -699,12 +688,11 @@ def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=
     prepare(model)
     weights = [p for p in model.parameters() if p.requires_grad]
     if not weights and update != "frozen":
-        raise ValueError("no weight of the model requires a gradient: nothing to update")
+        raise ValueError("no weight of the model requires a gradient, or it has no linear layer: nothing to update")
     sampler = make_sampler(groups).to(next(model.parameters()).device)
     sampler.reached = False                      # True once a backward pass has reached a mask
     history = [(0, sampler.keep_probability(scale).tolist())]
-    unused = ValueError("the loss does not depend on the mask: use sample_mask (with frozen weights, checkpoints need "
-                        "use_reentrant=False)")
+    unused = ValueError("the loss does not depend on the mask (checkpoints of frozen weights: use_reentrant=False)")
 
     # `train` has its own loss_fn: it takes the step and returns (loss, metrics). Do not confuse the two.
     def loss(step):
@@ -764,10 +752,9 @@ def copy_to_prune(model, kept, lists):
 def prune(model, kept, lists=None):
     """A shallower copy of `model`: only the blocks numbered in `kept`, everything else the same, weights untouched.
     lists as in `blocks_of`. The blocks left in a list are numbered anew, and so is a block's `layer_idx` (its index in
-    Hugging Face's key-value cache) if it was the block's place in its list. This is for models that are ours or do not
-    count their blocks. One that does (tables or text features per layer, U-skips) silently becomes another model:
-    `drop_blocks` (Appendix A) serves it. A configuration (config.num_layers) or a part that reads a certain block (the
-    head of diffusers' DiT reads block 0) is yours to adapt. Source: the paper, which prunes the original weights."""
+    Hugging Face's key-value cache) if it was the block's place in its list. A model that counts its blocks (tables or
+    text features per layer, U-skips) silently becomes another one: use `drop_blocks` (Appendix A). A configuration
+    is yours to adapt. Source: the paper, which prunes the original weights."""
     kept = [int(i) for i in kept]
     pruned = copy_to_prune(model, kept, lists)
     number = itertools.count()                   # of a block, over all lists
@@ -821,10 +808,9 @@ def masked_feature_loss(student, teacher, k=2.0):
 def match_blocks(groups, kept, cuts=()):
     """Pairs (student block, teacher block) for feature KD: each group's last kept block, as numbered in the student,
     and the group's last block, whose output it must stand in for. For 1:2 that is (i, 2i + 1). Without groups,
-    for a bare (N, L), every kept block stands in for all blocks up to the next kept one.
-    A group of which a rule (Chapter 10) keeps no block has no pair. cuts: first blocks after a change of the token
-    sequence, such as the first block of a second list. Groups are split there. Source: the paper's pairs of 1:2,
-    carried over to any groups."""
+    for a bare (N, L), every kept block stands in for all blocks up to the next kept one. A group of which a rule
+    (Chapter 10) keeps no block has no pair. cuts: first blocks after a change of the token sequence, such as the first
+    block of a second list. Groups are split there. Source: the paper's pairs of 1:2, carried over to any groups."""
     ends = itertools.accumulate(m for _, m in groups) if isinstance(groups, list) else [*kept[1:], groups[1]]
     ends = sorted({*ends, *cuts})
     # {the end of a group: its last kept block, numbered as in the student}; a later block takes an earlier one's place
@@ -887,12 +873,13 @@ def recover(student, teacher, diffusion, batches, pairs, steps, *, kd="masked", 
 # Chapter 6. The training loop                                                                 (Part II, the program)
 #
 # One loop serves the teacher, the layers, the student and the judge: AdamW, gradient clipping, and an exponential
-# moving average (EMA) of the weights, from which images are drawn. A run can be killed at any moment and goes on from
-# its last saved state; on a CPU it ends bit for bit where one that was never stopped ends, since a step's batch and its
-# random numbers follow from the seed, the process and the step.
-# Several GPUs: torchrun starts the program once per GPU. Every process takes its share of every batch; gradients are
-# averaged, so that all take the same step; process 0 writes the files. `accumulate` cuts a batch into parts, one after
-# the other, for small cards. Given the same random numbers, the gradient is the same however a batch is cut.
+# moving average (EMA) of the weights, from which images are drawn. A step's batch and random numbers follow from the
+# seed, the process and the step. So a run can be killed at any moment: it goes on from its last saved state and, on a
+# CPU, ends bit for bit where one that was never stopped ends.
+# Several GPUs: torchrun starts the program once per GPU. The processes start with equal weights and take a share of
+# every batch each; gradients are averaged, so all take the same step; process 0 writes the files. `accumulate` cuts a
+# batch into parts, one after the other, for small cards. However a batch is cut, the gradient is the same.
+# After the loop: errors in one line, whole files, processes and devices, on which all chapters stand.
 
 SAVE_SECONDS = 30                                # between two saves of a state, or 30 times what a save takes
 
@@ -945,10 +932,9 @@ def train(model, loss_fn, steps, *, params=None, lr=1e-4, final_lr_ratio=1.0, wa
     by default all. A rate rises linearly over `warmup` steps and falls by a cosine to final_lr_ratio of itself. seed: a
     step's random numbers follow from (seed, process, step). on_step(step, metrics) is called after every step. state: a
     TrainingState to go on from and to save to, with `record`, a list of plain data that grows along; loss_fn must then
-    start with the batch of step `state.step`. The model trains in the mode it is in: call model.train() first if
-    dropout, of labels too, is to be on (`from_pretrained`, `load_checkpoint` and `prune` give models in eval mode).
-    Returns the EMA of the model (not of its buffers) if ema_decay is given, else the model, in eval mode. Raises
-    FloatingPointError before a step that would spoil the weights."""
+    start with the batch of step `state.step`. The model trains in the mode it is in: call model.train() first to have
+    dropout, of labels too. Returns the EMA of the model (not of its buffers) if ema_decay is given, else the model, in
+    eval mode. Raises FloatingPointError before a step that would spoil the weights."""
     optimizer = torch.optim.AdamW(params or model.parameters(), lr=lr, weight_decay=0, fused=True)
     weights = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     for weight in weights if dist.is_initialized() else ():  # all processes start with the weights of the first
@@ -993,9 +979,8 @@ def duration(seconds):
     return words.format(seconds / unit)
 
 
-def progress(label, steps, unit="steps", first=0, shorter=""):
-    """A function report(step, words) that prints, every ten seconds and at the end, step, words, speed since the start,
-    at step `first`, and time left. shorter: which flag shortens a run of days."""
+def progress(label, steps, unit="steps", first=0):
+    """A function report(step, words) that prints progress every ten seconds and at the end, from step `first` on."""
     start = printed = time.perf_counter()
 
     def report(step, words=""):
@@ -1003,9 +988,8 @@ def progress(label, steps, unit="steps", first=0, shorter=""):
         now = time.perf_counter()
         if rank() == 0 and (now >= printed + 10 or step + 1 == steps):
             speed = (step + 1 - first) / (now - start)
-            left = (steps - step - 1) / speed
-            hint = f" left ({shorter} take less)" if shorter and left > 86400 and printed == start else " left"
-            print(f"{label:8} {step + 1}/{steps}{words}  {speed:.3g} {unit}/s  {duration(left)}{hint}", file=sys.stderr)
+            left = duration((steps - step - 1) / speed)
+            print(f"{label:8} {step + 1}/{steps}{words}  {speed:.3g} {unit}/s  {left} left", file=sys.stderr)
             printed = now
     return report
 
@@ -1013,7 +997,7 @@ def progress(label, steps, unit="steps", first=0, shorter=""):
 def logged(path, stage, steps, first=0):
     """An on_step of `train` that reports progress and, after every window of steps, adds a JSON row to the log at
     `path`: the window's means and the speed since the start, step `first`. Later rows of this stage are taken out."""
-    report = progress(stage, steps, first=first, shorter=f"fewer --{stage}-steps or a smaller --model")
+    report = progress(stage, steps, first=first)
     start = time.perf_counter()
     window = []                                  # the metrics of its steps
     shown = "  loss -"                           # of the last whole window
@@ -1035,8 +1019,6 @@ def logged(path, stage, steps, first=0):
         report(step, shown)
     return on_step
 
-
-# What the loop and the other chapters stand on: errors in one line, whole files, processes, devices.
 
 class UserError(Exception):
     """A user's mistake in one line: what was wrong, what was expected, what to do. The exit status is then 2."""
@@ -1075,11 +1057,10 @@ def write_json(path, content):
     write_file(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 
-def read_json(path, *expected):
-    """The dict in a JSON file, with at least the entries `expected`."""
+def read_json(path):
+    """The dict in a JSON file."""
     with blame(path, "a whole file of this program; remove it or choose another --out"):
-        content = json.loads(Path(path).read_text())
-        return content | {name: content[name] for name in expected}
+        return {**json.loads(Path(path).read_text())}
 
 
 def claim(path, settings):
@@ -1096,8 +1077,7 @@ def read_checkpoint(path):
     content = None
     with contextlib.suppress(Exception), torch.serialization.safe_globals([argparse.Namespace]):      # official `args`
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    words = "expected a whole PyTorch file of plain data, not safetensors; nothing in it was run"
-    require(isinstance(content, dict), f"checkpoint {path}: {words}")
+    require(isinstance(content, dict), f"checkpoint {path} is no PyTorch file of plain data; nothing in it was run")
     return content
 
 
@@ -1152,8 +1132,7 @@ def compiled(model, wanted=True):
 # Chapter 7. Data
 #
 # Small images are held in memory as uint8; the models see them in [-1, 1]. Large ones are encoded once, into one file,
-# by an autoencoder (VAE): DiT's turns 256x256 pixels into a latent of 32x32 numbers in 4 channels. The diffusion model
-# draws latents, and the VAE makes pictures of them.
+# by an autoencoder (VAE), which also makes pictures of drawn latents. DiT's turns 256x256 pixels into 4 x 32 x 32.
 
 class Dataset:
     """Images, uint8 (N, C, H, W), or an array of latents (N, 2, C, H, W), those of an image and of its mirror image;
@@ -1221,15 +1200,13 @@ def center_crop(image, size):
 def read_image(path, size=None):
     """An image file as a uint8 array (C, H, W), of one channel if its mode is grey, else of three; with a `size`,
     cropped to that square. It is turned as its EXIF data say, and what is transparent is white."""
-    require(os.path.isfile(path), f"{path} is no file; remove it")
     with blame(path, "a whole image of 8 bits a channel; repair, convert or remove it"), Image.open(path) as image:
         require(image.mode[0] not in "IF", f"{path} has pixels of mode {image.mode}; convert it to 8 bits a channel")
         image.getexif()
         image.info.pop("exif", None)             # drop the raw EXIF bytes; Pillow can fail on odd ones when it turns
         image = ImageOps.exif_transpose(image)
         mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert(mode)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert(mode)
         return np.atleast_3d(center_crop(image, size) if size else image).transpose(2, 0, 1)
 
 
@@ -1242,14 +1219,12 @@ def visible(folder):
 def files_in(folder, above=()):
     """The files in a folder and its sub-folders, sorted. Links are followed, but not to one of the folders `above`."""
     place = os.path.realpath(folder)
-    inside = [] if place in above else visible(folder)
-    parts = [files_in(path, (*above, place)) if path.is_dir() else [path] for path in inside]
-    return list(itertools.chain(*parts))
+    paths = [] if place in above else visible(folder)
+    return [file for path in paths for file in (files_in(path, (*above, place)) if path.is_dir() else [path])]
 
 
 def class_files(folder):
-    """The names of the classes and [(path, label), ...] of the files in a folder with one sub-folder per class. Classes
-    are sorted by name, or by value if all names are whole numbers."""
+    """The classes, sorted (numbers by value), and [(path, label), ...], of a folder with one sub-folder per class."""
     parts = {path.name: files_in(path, (os.path.realpath(folder),)) for path in visible(folder)}
     names = sorted(parts, key=int if all(map(str.isdecimal, parts)) else None)
     empty = [name for name in names if not parts[name]]
@@ -1281,26 +1256,22 @@ def open_data(folder, size, num_classes=None):
     require(fits, f"{folder}: {latents.shape} and {labels.dtype} {labels.shape}; expected (N, 2, C, H, W) and int (N,)")
     limit = num_classes or 100_000
     low, high = labels.min(initial=0), labels.max(initial=0)
-    require(low >= 0 and high < limit, f"{folder}: labels {low} to {high}; expected 0 to {limit - 1} (-1: not encoded "
-                                       "to the end; give the same --encode command again)")
-    classes = [str(i) for i in range(num_classes or high + 1)]
-    return Dataset(latents, torch.from_numpy(labels.astype(np.int64)), classes)
+    require(low != -1, f"{folder} is not encoded to the end: give the same --encode command again")
+    require(low >= 0 and high < limit, f"{folder}: labels {low} to {high}; expected 0 to {limit - 1}")
+    return Dataset(latents, torch.from_numpy(labels.astype(np.int64)), [str(i) for i in range(num_classes or high + 1)])
 
 
 def match_classes(data, names):
-    """`data` for a model that has learned the classes `names`: the same ones, in the same order, unless one of the two
-    has only the numbers from 0. Then they must be as many."""
+    """`data` for a model that has learned the classes `names`: the same, or as many if one side has only numbers."""
     numbers = [str(i) for i in range(len(names))]
     fits = data.classes in (names, numbers) or (names == numbers and len(data.classes) == len(names))
-    require(fits, f"--data has {len(data.classes)} classes, {data.classes[:9]}; expected those of --ckpt, "
-                  f"{len(names)}, {names[:9]}, in the same order")
+    require(fits, f"--data has {len(data.classes)} classes, {data.classes[:4]}; --ckpt has {len(names)}, {names[:4]}")
     return Dataset(data.images, data.labels, names if data.classes == numbers else data.classes)
 
 
 def data_batches(data, batch_size, seed, device="cpu", start=0, parts=1):
     """Endless batches (x, y), x (B, C, H, W) and y (B,), from step `start`, in a new order every epoch; of latents, a
-    random half are of the mirror image. A batch depends on the seed and the step's number alone. It is cut into `parts`
-    pieces per process (Chapter 6); each process gets its own, one by one."""
+    random half are of the mirror image. A batch follows from seed and step. Each process gets `parts` pieces of it."""
     N = len(data.labels)
     for step in itertools.count(start):
         epoch, place = divmod(step, max(1, N // batch_size))
@@ -1331,8 +1302,7 @@ class VAE:
         with blame(f"--vae {name}", "a fitting autoencoder in safetensors; this needs pip install diffusers"):
             from diffusers import AutoencoderKL
             net = AutoencoderKL.from_pretrained(name, use_safetensors=True, low_cpu_mem_usage=False)
-            found = net.config.latent_channels
-            require(channels in (None, found), f"--vae {name}: its latents have {found} channels, not {channels}")
+            require(channels in (None, net.config.latent_channels), f"--vae {name} has not {channels} channels")
         self.net = net.to(device).eval().requires_grad_(False)
         self.device = device
         self.scale = net.config.scaling_factor   # 0.18215: latents of about unit variance
@@ -1347,16 +1317,16 @@ class VAE:
 
 
 @blame("--encode", "images, an --image-size that the autoencoder takes, and a disk with room for the latents")
-def encode_images(folder, size, vae, out, settings, batch_size=16):
-    """Encode the images of a folder for `open_data`, into `out`. A label is -1 until its latents are on the disk, so a
-    call with the same `settings` (in `latents.json`) goes on where there is a -1. Every process does its share."""
+def encode_images(folder, size, vae, out, name, batch_size=16):
+    """Encode the images of a folder for `open_data`, into `out`, by the VAE `name`. A label is -1 until its latents
+    are on the disk, so the same call goes on where there is a -1. Every process does its share."""
     classes, files = class_files(folder)
     shape = vae.encode(torch.zeros(1, 3, size, size, dtype=torch.uint8), 0).shape[1:]
     names = zlib.crc32(str([path.relative_to(folder) for path, _ in files]).encode())
     out.mkdir(parents=True, exist_ok=True)
     latents, told = out / "latents.npy", out / "latents.json"
     require(not latents.exists() or told.exists(), f"{latents} is there already; remove it or choose another --out")
-    claim(told, settings | {"encode": f"{len(files)} files, checksum {names:08x}"})
+    claim(told, {"vae": name, "image_size": size, "encode": f"{len(files)} files, checksum {names:08x}"})
     if rank() == 0 and not (out / "labels.npy").exists():    # it is made last, of -1 everywhere
         np.lib.format.open_memmap(latents, "w+", np.float32, (len(files), 2, *shape))
         write_file(out / "labels.npy", lambda file: np.save(file, np.full(len(files), -1)))
@@ -1391,19 +1361,16 @@ def encode_images(folder, size, vae, out, settings, batch_size=16):
 #
 # The Frechet distance compares two sets of images through the mean and covariance of their features under some
 # network: |mu1 - mu2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)). FID takes the features of an Inception network trained on
-# ImageNet. Without --inception we train a small classifier on the data, take its features, and call the result
-# *toy-FID*. It ranks models of one data set, and cannot be compared with a published FID. Precision is the share of
-# drawn images that look real, recall the share of real ones that could have been drawn, and the inception score says
-# whether images are clear and of all classes.
-#
-# The statistics of N images are a dict: `mu` (F,) and `sigma` (F, F) of their F features and, where the images
+# ImageNet. Without --inception we train a small classifier on the data and call its Frechet distance *toy-FID*: it
+# ranks models of one data set; never compare it with an FID. Precision is the share of drawn images that look real,
+# recall the share of real ones that could have been drawn; the inception score says whether images are clear and of all
+# classes. The statistics of N images are a dict: `mu` (F,) and `sigma` (F, F) of their F features and, where the images
 # themselves were there, the `features` (N, F) and class probabilities `p` (N, classes). All features are in memory.
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """Frechet distance of N(mu1, sigma1) and N(mu2, sigma2); mu (F,), sigma (F, F), symmetric. A float, at least 0.
     With S1 = R R^T, sqrt(S1 S2) has the trace of the symmetric sqrt(R^T S2 R), whose eigenvalues are real and, but for
-    rounding, not negative: no general matrix square root is needed. R comes from the eigenvectors of S1, which may be
-    singular (fewer samples than features). Source: arXiv:1706.08500, equation 6."""
+    rounding, not negative. R comes from the eigenvectors of S1, which may be singular. Source: arXiv:1706.08500."""
     mu1, mu2, sigma1, sigma2 = [np.asarray_chkfinite(a, dtype=np.float64) for a in (mu1, mu2, sigma1, sigma2)]
     if not mu1.shape * 2 == mu2.shape * 2 == sigma1.shape == sigma2.shape:
         raise ValueError(f"means {mu1.shape}, {mu2.shape}, covariances {sigma1.shape}, {sigma2.shape} do not fit")
@@ -1420,8 +1387,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 def inception_score(probabilities, split=5000):
     """exp of the mean KL(p(class | image) || p(class)), from class probabilities (N, classes): 1 where all images look
     alike, at most the number of classes. The KL's mean is the entropy of the mean less the mean entropy. As in ADM, the
-    mean over splits of 5,000 images, shuffled, since images sorted by class would fill a split with few classes.
-    Source: arXiv:1606.03498."""
+    mean over splits of 5,000 images, shuffled because they are sorted by class. Source: arXiv:1606.03498."""
     p = torch.as_tensor(probabilities, dtype=torch.float64)
     p = p[torch.randperm(len(p), generator=torch.Generator().manual_seed(0))]
     entropy = torch.special.entr                 # -p log p of every entry
@@ -1479,8 +1445,8 @@ def load_inception(path, device):
         x = images.expand(-1, 3, -1, -1).to(device)
         with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):        # as published FIDs
             return [out.float().cpu().numpy() for out in (net(x, return_features=True), net(x, no_output_bias=True))]
-    with blame(path, "a TorchScript file called as NVIDIA's port is"), warnings.catch_warnings(action="ignore"):
-        net = torch.jit.load(path, map_location=device).eval()               # warns that TorchScript is deprecated
+    with blame(path, "a TorchScript file called as NVIDIA's port is"):
+        net = torch.jit.load(path, map_location=device).eval()
         look(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
     return look, None
 
@@ -1492,19 +1458,12 @@ def statistics(parts):
     return {"mu": features.mean(0, dtype=np.float64), "sigma": sigma, "features": features, "p": p}
 
 
-def warn_of_few(count):
-    """Print a warning where an FID of so many images means little."""
-    if count < 2048:
-        print(f"warning: an FID of {count} images, fewer than 2,048, is far too high")
-
-
 def statistics_of(path, look=None):
     """Statistics of the images in a folder or .npz file, seen through `look`. If an .npz file has `mu` and `sigma`,
     these are used (in ADM's reference batches they are of all of ImageNet); its `arr_0`, if any, gives the rest: 10 GB
     for 50,000 images of 256x256. Raises UserError for fewer than 4 images and where images need a `look`."""
     saved = load_arrays(path) if Path(path).suffix == ".npz" else {}
-    with blame(path, "finite numbers in mu and sigma"):
-        saved |= {name: np.asarray_chkfinite(saved[name], float) for name in saved.keys() & {"mu", "sigma"}}
+    require(all(np.isfinite(saved.get(name, 0)).all() for name in ("mu", "sigma")), f"{path}: mu, sigma: not finite")
     if saved.keys() >= {"mu", "sigma"} and (look is None or "arr_0" not in saved):
         return saved
     require(look, f"{path}: --inception FILE is needed to look at images")
@@ -1516,15 +1475,14 @@ def statistics_of(path, look=None):
         images = files_in(path)
         batches = (torch.from_numpy(read_image(file)[None].copy()) for file in images)
     require(len(images) >= 4, f"{path}: {len(images)} images; expected 4 or more")
-    if "mu" not in saved:
-        warn_of_few(len(images))
+    if "mu" not in saved and len(images) < 2048:
+        print(f"warning: an FID with {path}, of fewer than 2,048 images, is far too high")
     return statistics([look(batch) for batch in batches]) | saved
 
 
 def compare_statistics(fake, real, device="cpu"):
     """How far the statistics `fake` are from `real`: a dict of `fid` and, where features and probabilities are there,
-    `is`, `precision` and `recall`. Where there are fewer fakes than real images, as few of the real ones count for the
-    latter two: with more points a set's balls are smaller. (50,000 fakes meet all 10,000 real images of ADM's file.)"""
+    `is`, `precision` and `recall`. These two take no more real images than fakes: with more the balls are smaller."""
     row = {"fid": frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"])}
     if "p" in fake:
         row["is"] = inception_score(fake["p"])
@@ -1537,11 +1495,10 @@ def compare_statistics(fake, real, device="cpu"):
 
 def draw_all(models, labels, draw, look, batch_size=50):
     """Draw an image of each of `labels` (N,) with each of `models`, a dict. draw(model, labels, indices) returns uint8
-    images (B, C, H, W), from the same noise for every model. The models take turns batch by batch, so that a busy
-    machine slows all of them alike. Returns, by name, the statistics of what look(images) sees, and the seconds per
-    image of every batch (batches,)."""
+    images (B, C, H, W), from the same noise for every model. The models take turns batch by batch: a busy machine slows
+    all alike. Returns, by name, the statistics of what look(images) sees, and each batch's seconds per image."""
     batches = torch.arange(len(labels)).split(batch_size * world_size())
-    report = progress("measure", len(batches), unit="batches", shorter="fewer --samples or --sample-steps")
+    report = progress("measure", len(batches), unit="batches")
     seen = {name: [] for name in models}
     seconds = {name: [] for name in models}
     for number, index in enumerate(batches):
@@ -1560,10 +1517,10 @@ def draw_all(models, labels, draw, look, batch_size=50):
 #
 # PRESETS has one row of settings per model. Our checkpoints carry all that is needed to draw from them. Official ones
 # carry less, and what is missing is read off the shapes of their weights and off the preset that fits.
-
 # PAPER is the paper's recipe for DiT-XL (while learning, batches are half as large); teacher_steps and teacher_lr are
 # DiT's. TOY was tuned on the drawn digits. beta: first weight of the features in masked KD; label_std: of a new DiT's
 # label embeddings, officially 0.02; sampling: further arguments of the objective's `sample`.
+
 PAPER = {"objective": lambda model: GaussianDiffusion(), "batch_size": 256, "learn_batch": 0.5, "beta": 1e-2,
          "teacher_steps": 400_000, "teacher_lr": 1e-4, "learn_steps": 10_000, "learn_lr": 1e-4, "logits_lr": 1e-3,
          "recover_steps": 100_000, "recover_lr": 2e-4, "ema_decay": 0.9999, "label_std": 0.02, "samples": 50_000,
@@ -1575,19 +1532,13 @@ PRESETS = {name: (TOY if "toy" in name else PAPER) | {"network": network} for na
 PRESETS["toy-28"]["learn_steps"] = 400
 
 
-def unallocated(build):
-    """What build() makes, with weights that have shapes and no memory."""
-    with torch.device("meta"):
-        return build()
-
-
 def fitting_preset(names, config):
     """Of `names` in PRESETS the one that fits a configuration best, by width, then by all they have in common, and the
     configuration with its number of heads, which no shape shows."""
+    width = config["hidden_size"]
     sizes = {name: PRESETS[name]["network"].keywords for name in names}
-    widths = {name: sizes[name]["hidden_size"] == config["hidden_size"] for name in names}
-    best = max(names, key=lambda name: (widths[name], len(sizes[name].items() & config.items())))
-    require("num_heads" in config or widths[best], f"width {config['hidden_size']}: no model of PRESETS has it")
+    best = max(names, key=lambda name: (sizes[name]["hidden_size"] == width, len(sizes[name].items() & config.items())))
+    require("num_heads" in config or sizes[best]["hidden_size"] == width, f"no model of PRESETS has the width {width}")
     return best, {"num_heads": sizes[best]["num_heads"], **config}
 
 
@@ -1635,53 +1586,47 @@ def save_checkpoint(path, model, objective, sampling, classes, **more):
 def find_weights(checkpoint):
     """The state dict in a file, of float32 tensors under plain names, without what wrappers put into them: "module."
     (several GPUs), "_orig_mod." (torch.compile), "ema_model." (an average; the other names are then left out)."""
-    entries = [checkpoint.get(key) for key in ("ema", "model_ema", "ema_model", "model", "state_dict")]
-    dicts = [entry for entry in [*entries, checkpoint] if isinstance(entry, dict)]
-    found = ({str(key): value.float() for key, value in one.items()
-              if torch.is_tensor(value) and value.is_floating_point()} for one in dicts)     # not "n_averaged"
-    tensors = next(filter(None, found), {})
+    entries = [checkpoint.get(key) for key in ("ema", "model_ema", "ema_model", "model", "state_dict")] + [checkpoint]
+    found = ({str(key): value.float() for key, value in entry.items()
+              if torch.is_tensor(value) and value.is_floating_point()} for entry in entries if isinstance(entry, dict))
+    tensors = next(filter(None, found), {})                  # without "n_averaged", a whole number
     averaged = {key: weight for key, weight in tensors.items() if "ema_model." in key} or tensors
     return {re.sub(r"\b(module|_orig_mod|ema_model)\.", "", key): weight for key, weight in averaged.items()}
 
 
 def load_checkpoint(path, device="cpu", name=None):
     """The model of a checkpoint, in eval mode on `device`, and a dict with its `name` in PRESETS, `objective`,
-    `sampling` and `classes`. Takes this program's files, those of facebookresearch/DiT and of the public TinyFusion
-    code, and those that READERS know. name: of the preset, if the file does not show it (official SiT checkpoints look
-    like DiT's). Raises UserError where weights, config and name do not fit, and for a weight that is not finite."""
+    `sampling` and `classes`. Takes this program's files, those of facebookresearch/DiT, the public TinyFusion code and
+    others that READERS know. name: of the preset, where no file shows it. Raises UserError for what does not fit."""
     checkpoint = read_checkpoint(path)
     weights = find_weights(checkpoint)
-    args = checkpoint.get("args")
-    says = {"args": args if isinstance(args, dict) else getattr(args, "__dict__", {}),
-            "config": checkpoint.get("config"), "objective": checkpoint.get("objective")}
+    says = {key: checkpoint.get(key) for key in ("args", "config", "objective")}
+    says["args"] = getattr(says["args"], "__dict__", says["args"]) or {}     # official files have a Namespace
     with blame(f"checkpoint {path}", "weights and config of one model"):
-        known = [read(weights, says) for read in READERS]
-        require(any(known), f"checkpoint {path}: no weights of a model that this program knows; the entries are "
-                            f"{list(checkpoint)[:6]}, the first names {list(weights)[:3]}")
-        found, config = next(filter(None, known))
-        depth = sum(size for key, size in config.items() if "depth" in key)
-        require(depth <= len(weights), f"checkpoint {path}: more blocks than weights")
-        model = unallocated(functools.partial(PRESETS[found]["network"].func, **config))
-        model.load_state_dict(weights, assign=True)          # nothing was allocated before this comparison
-        bad = [key for key, weight in weights.items() if not weight.isfinite().all()]
-        require(not bad, f"checkpoint {path}: {bad[:1]} is not finite; expected one saved before its training diverged")
-        name = name or found
-        row = PRESETS[name]
         silent = says["objective"] is None and "model" not in says["args"]   # then only its shapes count
+        known = [read(weights, says) for read in READERS]
+        require(any(known), f"checkpoint {path}: no weights of a model that this program knows: {[*checkpoint][:6]}")
+        found, config = next(filter(None, known))
+        row = PRESETS[name or found]
         kinds = {(one["network"].func, one["network"].keywords["hidden_size"], silent or one["objective"])
                  for one in (row, PRESETS[found])}
         require(len(kinds) == 1, f"checkpoint {path} is a {found}, not a {name}: give that --model, or none")
-        sampling = {"steps": row["sample_steps"], "guidance": row["guidance"], **row["sampling"]}
-        known = inspect.signature(row["objective"](model).sample).parameters
+        require(all(size <= len(weights) for key, size in config.items() if "depth" in key), f"{path}: too many blocks")
+        with torch.device("meta"):               # nothing is allocated before the weights are known to fit
+            model = PRESETS[found]["network"].func(**config)
+        model.load_state_dict(weights, assign=True)
+        bad = [key for key, weight in weights.items() if not weight.isfinite().all()]
+        require(not bad, f"checkpoint {path}: {bad[:1]} is not finite; expected one saved before its training diverged")
+        diffusion = row["objective"](model)
+        guidance = row["guidance"] if model.y_embedder.dropout_prob else 1.0         # 1: it has no null label
+        sampling = {"steps": row["sample_steps"], "guidance": guidance, **row["sampling"]}
+        known = inspect.signature(diffusion.sample).parameters
         sampling |= {key: value for key, value in dict(checkpoint.get("sampling", {})).items() if key in known}
         classes = [str(word) for word in checkpoint.get("classes", range(model.num_classes))]
-        numbers = [sampling[key] for key in sampling.keys() - {"solver", "cfg_channels"}]    # those two may be words
-        fit = len(classes) == model.num_classes and all(isinstance(number, (int, float)) for number in numbers)
+        fit = len(classes) == model.num_classes and all(isinstance(value, (int, float)) for value in sampling.values())
         require(fit, f"checkpoint {path}: its `sampling` or `classes` do not fit its model")
-    if model.y_embedder.dropout_prob == 0:
-        sampling["guidance"] = 1.0               # it has no null label
-    return model.to(device).eval(), {"name": name, "objective": row["objective"](model), "sampling": sampling,
-                                     "classes": classes}
+    about = {"name": name or found, "objective": diffusion, "sampling": sampling, "classes": classes}
+    return model.to(device).eval(), about
 
 
 def sample_images(model, labels, indices, *, diffusion, seed, sampling, decode=to_uint8):
@@ -1730,8 +1675,7 @@ def draw_decisions(history, groups, kept, confidence):
         text(sheet, (120, 26 * block + 63), f"block {block}, {'kept' if block in kept else 'dropped'}", anchor="rm")
     for edge in itertools.accumulate([m for _, m in as_list(groups)], initial=0):            # a line between groups
         ImageDraw.Draw(sheet).line((0, 26 * edge + 50, sheet.width, 26 * edge + 50), fill=(120, 120, 120))
-    text(sheet, (130, sheet.height - 34), f"step {history[0][0]}")
-    text(sheet, (730, sheet.height - 34), f"step {history[-1][0]}", anchor="ra")
+    text(sheet, (130, sheet.height - 34), f"steps {history[0][0]} to {history[-1][0]}, left to right")
     return sheet
 
 
@@ -1740,8 +1684,7 @@ def draw_decisions(history, groups, kept, confidence):
 #
 # Older methods drop the blocks that hurt least *now*. Here are five rules to compare with, functions of one shape,
 # kept = rule(model, groups, diffusion, examples); the first three rank all blocks together, across groups. To compare,
-# run each into a folder of its own (--criterion), with one teacher and --kd none (a teacher would make up for a bad
-# choice), and print a --table of all.
+# run each with one teacher, --kd none and its own --out, and print a --table. (A teacher would hide a bad choice.)
 #
 # A run has four stages. The `run` that they share holds the flags, the model's row in PRESETS and what `set_up`
 # (Chapter 11) adds: data, groups and so on. To redo a stage, delete its file of RESULTS; the later ones run again too.
@@ -1805,8 +1748,7 @@ def sensitivity(model, groups, diffusion, examples):
 def oracle(model, groups, diffusion=None, examples=None):
     """Of every pair keep the first in the model's first half, else the second. Source: BK-SDM, arXiv:2305.15798."""
     depth = len(model.blocks)
-    half = depth == 2 * sum(n for n, _ in as_list(groups))
-    require(half, f"the oracle keeps one block of every pair: expected groups that keep half of {depth} blocks")
+    require(depth == 2 * sum(n for n, _ in as_list(groups)), "the oracle keeps one block of every pair: --groups 1:2")
     return [i if i < depth / 2 else i + 1 for i in range(0, depth, 2)]
 
 
@@ -1826,8 +1768,7 @@ def training(run, stage):
     size = run.learn_size if stage == "learn" else run.batch_size
     seed = run.seed + list(RESULTS).index(stage)
     state = TrainingState(run.out / f"{stage}-state.pt")
-    print(f"{stage}: from step {state.step} to {steps}, of {size} images each; "
-          f"{steps * size / len(run.data.labels):.1f} epochs in all")
+    print(f"{stage}: from step {state.step} to {steps}, of {size} images each")
     loop = {"steps": steps, "lr": getattr(run, f"{stage}_lr"), "warmup": min(100, steps // 10),
             "ema_decay": run.ema_decay, "accumulate": run.accumulate, "seed": seed, "state": state,
             "on_step": logged(run.out / "log.jsonl", stage, steps, state.step)}
@@ -1924,8 +1865,7 @@ def stage_measure(run, path):
 
 
 def run_stage(run, stage):
-    """Run a stage, unless its file is there. Figures that were measured under other conditions are replaced (only the
-    stage measure has conditions)."""
+    """Run a stage, unless its file is there. (Figures measured under other conditions are replaced.)"""
     path = run.out / RESULTS[stage]
     before = read_json(path).get("conditions") if stage == "measure" and path.exists() else run.conditions
     if gather(path.exists() and before == run.conditions)[0]:                # all look before one of them writes
@@ -1963,8 +1903,8 @@ def print_results(results):
         print("Speeds are medians over batches of 50 images; fewer than 5 batches show none.")
     if results["judge"]:
         print(f"Measured by a small classifier trained on this data: a toy-FID is no FID.\n{results['judge']}")
-    else:
-        warn_of_few(results["conditions"]["samples"])
+    elif results["conditions"]["samples"] < 2048:
+        print("warning: an FID of fewer than 2,048 images is far too high")
 
 
 def print_comparison(folder):
@@ -1985,8 +1925,8 @@ def print_comparison(folder):
 # ---------------------------------------------------------------------------------------------------------------------
 # Chapter 11. The command line
 #
-# Most defaults come from the model's row in PRESETS (Chapter 9). A run's folder keeps its RECIPE, data and teacher, in
-# settings.json; a later command with others is refused. CONDITIONS are those under which models are measured.
+# Most defaults come from the model's row in PRESETS (Chapter 9). settings.json keeps a run's RECIPE, data and teacher;
+# another one is refused. CONDITIONS are those under which models are measured.
 
 RECIPE = ("model", "seed", "batch_size", "teacher_steps", "teacher_lr", "learn_steps", "learn_lr", "logits_lr",
           "groups", "criterion", "update", "recover_steps", "recover_lr", "kd")
@@ -2001,8 +1941,7 @@ def parse_groups(pattern, depth):
     groups = [(int(n), int(m)) for n, m in re.findall(r"(\d+):(\d+)", pattern)]
     groups *= depth // max(1, sum(m for _, m in groups))
     if not re.fullmatch(r"\d+:\d+(,\d+:\d+)*", pattern) or sum(m for _, m in groups) != depth:
-        raise ValueError(f"groups {pattern!r}: expected 1:2, or one N:M per group as in 2:4,3:4, that fill a depth of "
-                         f"{depth}, or how many of these blocks to keep")
+        raise ValueError(f"groups {pattern!r}: expected N:M, as 2:4,3:4, to fill {depth} blocks, or how many to keep")
     return groups
 
 
@@ -2090,7 +2029,8 @@ def set_up(run):
     C, side, _ = run.data.shape
     run.network = functools.partial(run.network, input_size=side, in_channels=C, num_classes=len(run.data.classes))
     run.ready = lambda model: compiled(model.to(run.device), run.compile)
-    model = run.teacher or unallocated(run.network)
+    with torch.device("meta"):                   # weights with shapes and no memory
+        model = run.teacher or run.network()
     settings = {name: getattr(run, name) for name in RECIPE} | {"data": run.data.describe(), "image_size": side}
     settings["ckpt"] = run.teacher and f"checksum {zlib.crc32(Path(run.ckpt).read_bytes()):08x}"
     run.depth = len(model.blocks)
@@ -2098,8 +2038,8 @@ def set_up(run):
         run.named = [] if run.criterion in ("learned", *CRITERIA) else [*map(int, run.criterion.split(","))]
     run.groups = (len(run.named), run.depth) if run.named else parse_groups(run.groups, run.depth)
     run.diffusion = run.objective(model)
-    sampling = {"steps": run.sample_steps, "guidance": run.guidance, "clip_denoised": not run.data.latent}
-    run.sampling = sampling | run.sampling       # a new dict: that in PRESETS stays as it is
+    run.sampling = {"steps": run.sample_steps, "guidance": run.guidance, "clip_denoised": not run.data.latent,
+                    **run.sampling}
     run.learn_size = max(1, int(run.batch_size * run.learn_batch))
     run.conditions = {name: getattr(run, name) for name in CONDITIONS}
     check_run(run, model)
@@ -2116,8 +2056,7 @@ def check_run(run, model):
     expected = (model.in_channels, model.input_size, model.input_size)
     require(run.data.shape == expected, f"--ckpt takes {expected}, not {run.data.shape}; --encode makes latents")
     count = len(run.data.labels)
-    require(count >= 20, f"{count} examples are too few: expected at least 20")
-    require(count >= run.batch_size, f"{count} examples: expected at least {run.batch_size}, the batch size; lower it")
+    require(count >= max(20, run.batch_size), f"{count} examples: expected 20 and a batch of {run.batch_size}, or more")
     parts = world_size() * run.accumulate
     fits = run.batch_size % parts == run.learn_size % parts == 0
     require(fits, f"--batch-size {run.batch_size} ({run.learn_size} to learn) cannot be cut into {parts} parts")
@@ -2134,9 +2073,7 @@ def check_run(run, model):
 
 def run_program(args):
     """Do what the flags say."""
-    start = time.perf_counter()
     with processes():
-        require(world_size() == 1 or not (args.fid or args.table), "--fid and --table run without torchrun")
         if args.table:
             print_comparison(args.table)
         elif args.fid:
@@ -2144,19 +2081,17 @@ def run_program(args):
             fake = statistics_of(args.fid, look)
             row = compare_statistics(fake, statistics_of(args.ref, look), args.device)
             print_rows([row], row)
-            print(f"{len(fake.get('p', [])) or 'statistics of'} samples in {args.fid}, drawn with "
-                  f"{fake.get('settings', 'unknown settings')}, against {args.ref}")
+            print(f"{len(fake.get('p', ()))} samples, {fake.get('settings', 'origin unknown')}: {args.fid}, {args.ref}")
         elif args.encode:
-            settings = {"vae": args.vae, "image_size": args.image_size}
-            encode_images(args.encode, args.image_size, VAE(args.vae, args.device), args.out, settings)
+            encode_images(args.encode, args.image_size, VAE(args.vae, args.device), args.out, args.vae)
         else:
             set_up(args)
             for stage in args.stages.split(","):
                 run_stage(args, stage)
             if "measure" in args.stages:
                 with blame(args.out / "results.json", "figures of this program; remove it to measure again"):
-                    print_results(read_json(args.out / "results.json", "rows", "conditions", "judge"))
-            print(f"\n{duration(time.perf_counter() - start)}; results in {args.out}/")
+                    print_results(read_json(args.out / "results.json"))
+            print(f"\nresults in {args.out}/")
 
 
 def guarded(prog, body):
