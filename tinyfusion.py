@@ -5,8 +5,8 @@ times. With half the blocks it runs up to twice as fast. But which half? DiT-XL,
 choices, and the obvious test, "drop what hurts least now", picks badly: the model is fine-tuned after pruning, so what
 counts is how well a choice *recovers*, and the loss right after pruning says little about that (Table 3 of the paper).
 
-The method.  Phi are the model's weights; E_x is the mean over images x. Search for the mask m together with a change
-dPhi of the weights, a stand-in for the fine-tuning to come that all masks share:
+The method.  Phi are the model's weights; E_x is the mean over images x, and times and noise. Search for the mask m
+together with a change dPhi of the weights, a stand-in for the fine-tuning to come that all masks share:
 
         min over m and dPhi of   E_x [ loss(x; Phi + dPhi, m) ]       m in {0,1}^L, with the wanted number of ones
 
@@ -104,7 +104,7 @@ class TimestepEmbedder(nn.Module):
 
 class LabelEmbedder(nn.Module):
     """Class labels (B,) to vectors (B, D). In training a label becomes the null label, `num_classes`, "no class", with
-    probability `dropout_prob`, since guidance needs predictions without a class. Without dropout it has no row."""
+    probability `dropout_prob`, since guidance needs predictions without a class. If that is 0, it has no vector."""
 
     def __init__(self, num_classes, hidden_size, dropout_prob):
         super().__init__()
@@ -130,7 +130,7 @@ class LabelEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over tokens (B, T, D), with dropout of its weights and outputs in training."""
+    """Multi-head self-attention over tokens (B, T, D), with dropout of weights and outputs in training (not in DiT)."""
 
     def __init__(self, dim, num_heads, dropout=0.0):
         super().__init__()
@@ -221,7 +221,7 @@ class DiT(nn.Module):
         given = locals()
         super().__init__()
         self.sizes = {name: given[name] for name in inspect.signature(DiT).parameters}       # the arguments
-        vars(self).update(self.sizes)            # also attributes: model.input_size and so on
+        vars(self).update(self.sizes)            # also attributes, such as input_size (`prune` leaves depth as it was)
         if input_size % patch_size or hidden_size % num_heads or hidden_size % 4:
             raise ValueError(f"input_size must be a multiple of patch_size, hidden_size of num_heads, 4: {self.sizes}")
         # A linear layer on every patch.
@@ -240,7 +240,7 @@ class DiT(nn.Module):
         return {**self.sizes, "depth": len(self.blocks)}
 
     def forward(self, x, t, y, mask=None, hidden=None):
-        """Predict the noise, and the variance, in x (B, C, H, W): (B, 2C, H, W), noise first (C without variance).
+        """Predict the noise in x (B, C, H, W), and a step's variance: (B, 2C, H, W), noise first (C without variance).
         t (B,) timesteps, or (1,) where all share one; y (B,) labels, `num_classes` for no class; mask (B, L), 1 for a
         block that is used and 0 for one that is skipped, or None for all (Chapter 3). If `hidden`, a collection of
         block numbers, is not None, returns also a list of those blocks' outputs (B, T, D), in depth order."""
@@ -254,9 +254,9 @@ class DiT(nn.Module):
         return x if hidden is None else (x, features)
 
     def forward_with_cfg(self, x, t, y, cfg_scale, cfg_channels=3):
-        """`forward` with classifier-free guidance (arXiv:2207.12598), which exaggerates, by cfg_scale, what the class
-        changes, in the first `cfg_channels` channels: 3 in the official code, with which DiT's published numbers were
-        made; None for all of the noise. It never reaches the variance."""
+        """`forward` with classifier-free guidance (arXiv:2207.12598): what the class changes is multiplied by cfg_scale
+        in the first `cfg_channels` channels: 3 in the official code, with which DiT's published numbers were made; None
+        for all of the noise. It never reaches the variance."""
         times = t if len(t) == 1 else torch.cat([t, t])
         labels = torch.cat([y, self.y_embedder.null_labels(y)])
         cond, uncond = self(torch.cat([x, x]), times, labels).chunk(2)       # two of (B, 2C, H, W)
@@ -279,12 +279,12 @@ DiT_models = {                                   # DiT_models["DiT-XL/2"](input_
 # Chapter 2. Diffusion
 #
 # Step t of 1000 replaces a share beta_t of the variance by noise. The product of 1 - beta up to t, abar_t ("alpha
-# bar"), is the share of the image's variance that is left. Training: mix an image x_0 with noise, x_t = sqrt(abar_t)
-# x_0 + sqrt(1 - abar_t) noise, and have the model predict the noise. Sampling: start from noise and walk t down to 0;
-# each step removes a little of the predicted noise and adds a little fresh noise (DDPM, arXiv:2006.11239; DDIM,
-# arXiv:2010.02502, is the same walk without fresh noise, good in fewer steps). The variance of a step is learned too:
-# v, the second half of the model's output channels, interpolates in log space between the smallest and the largest
-# sensible value (arXiv:2102.09672). Schedule and losses have the values of the official code.
+# bar"), is the share of the image's variance that is left. Training: mix an image x0 with noise, x_t = sqrt(abar_t) x0
+# + sqrt(1 - abar_t) noise, and have the model predict the noise. (t counts from 0, as in the code: already x_t of t = 0
+# is noisy; the clean image is x0.) Sampling: start from noise and walk t down; each step removes a little of the
+# predicted noise and adds a little fresh noise (DDPM, arXiv:2006.11239; DDIM, arXiv:2010.02502, adds none and needs
+# fewer steps). The variance of a step is learned too: v, the second half of the model's output channels, interpolates
+# in log space between the smallest and the largest sensible value (arXiv:2102.09672). Values are the official code's.
 
 def autocast(device, dtype=None):
     """A context for matrix products in `dtype`, by default bfloat16 on a GPU that has it, float32 elsewhere."""
@@ -360,7 +360,7 @@ class GaussianDiffusion(Objective):
             "log_small": log_small, "log_large": np.log(betas)}              # the ends of a learned variance
 
     def _at(self, name, t, x):
-        """Schedule values at timesteps t (B,) or (1,), in float32, shaped to multiply x (B, ...)."""
+        """Schedule values at timesteps t (B,) or (1,), float32, shaped to multiply x (B, ...); kept on t's device."""
         self._table[name] = torch.as_tensor(self._table[name], dtype=torch.float32, device=t.device)
         return self._table[name][t].view(-1, *[1] * (x.dim() - 1))
 
@@ -382,7 +382,7 @@ class GaussianDiffusion(Objective):
         loss on these trains the variance alone. clip_denoised, for pixels only, keeps x0 in [-1, 1]."""
         C = x_t.shape[1]
         eps, v = model_output[:, :C].detach().float(), model_output[:, C:].float()
-        # v = -1 is the posterior variance, v = 1 is beta, also where no variance is learned (as officially).
+        # v = -1 is the posterior variance, v = 1 is beta; a model without v gets beta (as officially).
         share = (v + 1) / 2 if v.shape[1] == C else torch.ones_like(x_t)
         log_variance = share * self._at("log_large", t, x_t) + (1 - share) * self._at("log_small", t, x_t)
         x0 = self._at("sqrt_recip_abar", t, x_t) * x_t - self._at("sqrt_recip_abar_minus_1", t, x_t) * eps
@@ -396,10 +396,10 @@ class GaussianDiffusion(Objective):
         mse = mean_flat((noise - model_output[:, :C].float()) ** 2)
         if model_output.shape[1] == C:
             return {"mse": mse, "vb": torch.zeros_like(mse), "loss": mse}
-        step = self.p_mean_variance(model_output, x_t, t)
-        kl = normal_kl(self._posterior_mean(x0, x_t, t), self._at("log_small", t, x0),       # the true step
-                       step["mean"], step["log_variance"])                                   # and the model's
-        nll = -discretized_gaussian_log_likelihood(x0, step["mean"], step["log_variance"])   # for t = 0
+        p = self.p_mean_variance(model_output, x_t, t)
+        # From the model's step to the true one; at t = 0 the likelihood of the image instead.
+        kl = normal_kl(self._posterior_mean(x0, x_t, t), self._at("log_small", t, x0), p["mean"], p["log_variance"])
+        nll = -discretized_gaussian_log_likelihood(x0, p["mean"], p["log_variance"])
         vb = torch.where(t == 0, mean_flat(nll), mean_flat(kl)) / math.log(2)
         return {"mse": mse, "vb": vb, "loss": mse + vb}
 
@@ -427,7 +427,7 @@ class GaussianDiffusion(Objective):
         abar = self.abar[chosen]
         return GaussianDiffusion(1 - abar / np.append(1.0, abar[:-1]), self.timestep_map[chosen])
 
-    check_steps = respaced
+    check_steps = respaced                       # it raises ValueError
 
     @torch.inference_mode()
     def sample(self, model, y, draw, steps=250, guidance=1.0, eta=1.0, clip_denoised=False, cfg_channels=3, dtype=None):
@@ -447,8 +447,8 @@ class GaussianDiffusion(Objective):
         process = self.respaced(steps)
         x = draw()
         for i in reversed(range(steps)):
-            index = torch.full((1,), i, device=x.device)
-            t = torch.full((1,), int(process.timestep_map[i]), device=x.device)     # one t for all: embedded once
+            index = torch.full((1,), i, device=x.device)     # the step in the tables of `process`
+            t = torch.full((1,), int(process.timestep_map[i]), device=x.device)      # the model's; one t, embedded once
             with autocast(x.device, dtype):
                 out = predict(x, t)
             p = process.p_mean_variance(out, x, index, clip_denoised)
@@ -496,7 +496,7 @@ def masked_forward(blocks, x, *args, mask=None, hidden=(), skip=None):
             raise ValueError(f"mask is {tuple(mask.shape)}, expected (examples, blocks) = {(len(x), len(blocks))}")
         mask = exact_mask(mask, x.dtype)
         if skip is None:
-            skip = not (x.is_cuda and mask.requires_grad and torch.is_grad_enabled()) or len(x) >= 64
+            skip = len(x) >= 64 or not (x.is_cuda and mask.requires_grad and torch.is_grad_enabled())
         rows = kept_and_dropped(mask) if skip else None
     features = []
     for i, block in enumerate(blocks):
@@ -528,13 +528,13 @@ def nm_masks(n, m):
 
 class LayerSampler(nn.Module):
     """A learnable distribution over layer masks, one categorical distribution per N:M group. groups: [(N, M), ...] from
-    the first block to the last, e.g. [(1, 2)] * 14. All candidates start equally likely. The parameters are the logits
-    divided by `scale`, small numbers, so that AdamW, whose steps have the size of the learning rate, can move the odds
-    quickly. Source: the paper's differentiable layer sampling. Raises ValueError for an impossible N:M."""
+    the first block to the last, e.g. [(1, 2)] * 14. All candidates start equally likely. The logits of the text above
+    are scale * self.logits, so that a step of AdamW, which has the size of the learning rate, 1e-3, moves one by 0.1.
+    Source: the paper's differentiable layer sampling. Raises ValueError for an impossible N:M."""
 
     def __init__(self, groups):
         super().__init__()
-        for k, (n, m) in enumerate(groups):                  # float64, which autocast never rounds to bfloat16
+        for k, (n, m) in enumerate(groups):      # buffers go to a GPU along; float64, which autocast never rounds
             self.register_buffer(f"candidates{k}", nm_masks(n, m).double(), persistent=False)    # (candidates, M)
         self.logits = nn.ParameterList([nn.Parameter(torch.zeros(len(c))) for c in self.buffers()])
 
@@ -543,12 +543,12 @@ class LayerSampler(nn.Module):
         softmax at temperature `tau`. tau changes only the gradient: a high one is biased but quiet, a low one noisy."""
         parts = []
         for logits, candidates in zip(self.logits, self.buffers()):
-            p = F.gumbel_softmax((logits * scale).expand(batch_size, -1), tau=tau)          # (B, candidates)
-            hard = candidates[p.argmax(1)]                                                  # (B, M), the mask drawn
-            soft = p.double() @ candidates                                                  # (B, M), its relaxation
+            relaxed = F.gumbel_softmax((logits * scale).expand(batch_size, -1), tau=tau)    # (B, candidates), random
+            hard = candidates[relaxed.argmax(1)]                                            # (B, M), the mask drawn
+            soft = relaxed.double() @ candidates                                            # (B, M), its relaxation
             # Straight through: the value of `hard`, the gradient of `soft`. The brackets matter: soft - soft is exactly
             # 0, while (hard - soft) + soft, the order of F.gumbel_softmax(hard=True), can miss 0 and 1 by a rounding.
-            parts.append((hard + (soft - soft.detach())).to(p.dtype))
+            parts.append((hard + (soft - soft.detach())).to(relaxed.dtype))
         return torch.cat(parts, dim=1)
 
     def _probabilities(self, scale):
@@ -588,13 +588,13 @@ def skip_dropped(block, x, args, m, kept, dropped):
     per example; everything else is shared and stays whole (tensors inside lists or dicts are not looked for)."""
     def with_outputs(values, rows):              # `values`, with the block's outputs in these rows
         given = [a.index_select(0, rows) if torch.is_tensor(a) and a.shape[:1] == x.shape[:1] else a
-                 for a in (x, *args)]            # autocast may change the type
+                 for a in (x, *args)]            # and back to the type of x, which autocast may have changed:
         return values.index_copy(0, rows, block(*given).to(x.dtype)) if len(rows) else values
     out = with_outputs(x, kept)
     if not (m.requires_grad and torch.is_grad_enabled()):
         return out
     with torch.no_grad():                        # the dropped rows need no graph
-        change = with_outputs(out, dropped) - x  # block(x) - x, in all rows
+        change = with_outputs(out, dropped) - x  # block(x) - x in all rows; `out` has those of the kept ones
     # Adding 0 * change leaves the values alone and gives m its gradient. (An inf or NaN in `change` would spoil it.)
     return out + (m - m.detach()).view(-1, *[1] * (x.dim() - 1)) * change
 
@@ -654,8 +654,8 @@ def add_lora(model, rank=8, alpha=16.0):
 
 
 def draw_mask(sampler, batch_size, tau, scale):
-    """A mask (B, L) from a sampler, as a leaf: each gradient that reaches it is passed on to the sampler at once, and
-    sets sampler.reached. An activation checkpoint with use_reentrant=True brings several, a backward pass per block."""
+    """A mask (B, L) from a sampler, cut off from it as a leaf; a hook passes every gradient that reaches it on to the
+    logits. (With activation checkpoints of use_reentrant=True several come, as each block has a backward pass.)"""
     with torch.inference_mode(False):            # with a graph, also where loss_fn calls it under no_grad
         mask = sampler(batch_size, tau, scale)
         leaf = mask.detach().requires_grad_()
@@ -663,7 +663,7 @@ def draw_mask(sampler, batch_size, tau, scale):
     def pass_on(leaf):
         mask.backward(leaf.grad, retain_graph=True)
         leaf.grad = None
-        sampler.reached = True
+        sampler.reached = True                   # learn_layers looks at it
     leaf.register_post_accumulate_grad_hook(pass_on)
     return leaf
 
@@ -692,22 +692,22 @@ def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=
     sampler = make_sampler(groups).to(next(model.parameters()).device)
     sampler.reached = False                      # True once a backward pass has reached a mask
     history = [(0, sampler.keep_probability(scale).tolist())]
-    unused = ValueError("the loss does not depend on the mask (checkpoints of frozen weights: use_reentrant=False)")
+    no_mask = "the loss does not depend on the mask (checkpoints of frozen weights: use_reentrant=False)"
 
-    # `train` has its own loss_fn: it takes the step and returns (loss, metrics). Do not confuse the two.
+    # What `train` calls in each step: its loss_fn takes the step and returns (loss, metrics).
     def loss(step):
         tau_now = tau[0] + (tau[1] - tau[0]) * step / max(1, steps - 1)
         value = loss_fn(model, functools.partial(draw_mask, sampler, tau=tau_now, scale=scale))
         if not value.requires_grad:
-            raise unused
+            raise ValueError(no_mask)
         return value, {"tau": tau_now}
 
     def after(step, metrics):
         if not sampler.reached:
-            raise unused
-        if (step + 1) % max(1, steps // 200) == 0 or step + 1 == steps:
+            raise ValueError(no_mask)
+        if (step + 1) % max(1, steps // 200) == 0 or step + 1 == steps:      # about 200 columns of the picture
             history.append((step + 1, sampler.keep_probability(scale).tolist()))
-        on_step(step, metrics | {"confidence": sampler.confidence(scale).mean()})
+        on_step(step, metrics | {"confidence": sampler.confidence(scale).min()})
     both = [{"params": list(sampler.parameters()), "lr": logits_lr}, {"params": weights, "lr": lr}]
     train(model, loss, steps, params=both, on_step=after, record=history, **loop)
     return sampler, history                      # the copy and its update are not needed any more
@@ -751,10 +751,10 @@ def copy_to_prune(model, kept, lists):
 
 def prune(model, kept, lists=None):
     """A shallower copy of `model`: only the blocks numbered in `kept`, everything else the same, weights untouched.
-    lists as in `blocks_of`. The blocks left in a list are numbered anew, and so is a block's `layer_idx` (its index in
-    Hugging Face's key-value cache) if it was the block's place in its list. A model that counts its blocks (tables or
-    text features per layer, U-skips) silently becomes another one: use `drop_blocks` (Appendix A). A configuration
-    is yours to adapt. Source: the paper, which prunes the original weights."""
+    For models of others, lists is as in `blocks_of`; blocks left in a list are numbered anew, and so is a `layer_idx`
+    (an index in Hugging Face's key-value cache) if it was the block's place in its list. A model that counts its blocks
+    (tables or text features per layer, U-skips) silently becomes another one: use `drop_blocks` (Appendix A). A
+    configuration is yours to adapt."""
     kept = [int(i) for i in kept]
     pruned = copy_to_prune(model, kept, lists)
     number = itertools.count()                   # of a block, over all lists
@@ -797,7 +797,7 @@ def masked_feature_loss(student, teacher, k=2.0):
 
     def inlier(h):
         h = h.detach().float()
-        deviation = h - h.mean((1, 2), keepdim=True)
+        deviation = h - h.mean((1, 2), keepdim=True)         # from it the std: torch.std takes far longer on a CPU
         std = torch.linalg.vector_norm(deviation, dim=(1, 2), keepdim=True) / math.sqrt(h[0].numel() - 1)
         return ~(deviation.abs() > k * std)                                  # not <=, because inf * 0 is NaN
     both = inlier(student) & inlier(teacher)                                 # (B, T, D)
@@ -812,7 +812,7 @@ def match_blocks(groups, kept, cuts=()):
     (Chapter 10) keeps no block has no pair. cuts: first blocks after a change of the token sequence, such as the first
     block of a second list. Groups are split there. Source: the paper's pairs of 1:2, carried over to any groups."""
     ends = itertools.accumulate(m for _, m in groups) if isinstance(groups, list) else [*kept[1:], groups[1]]
-    ends = sorted({*ends, *cuts})
+    ends = sorted({*ends, *cuts})                # one past the last block of each group
     # {the end of a group: its last kept block, numbered as in the student}; a later block takes an earlier one's place
     last = {min(end for end in ends if end > block): i for i, block in enumerate(kept)}
     return [(i, end - 1) for end, i in last.items()]
@@ -872,20 +872,20 @@ def recover(student, teacher, diffusion, batches, pairs, steps, *, kd="masked", 
 # ---------------------------------------------------------------------------------------------------------------------
 # Chapter 6. The training loop                                                                 (Part II, the program)
 #
-# One loop serves the teacher, the layers, the student and the judge: AdamW, gradient clipping, and an exponential
-# moving average (EMA) of the weights, from which images are drawn. A step's batch and random numbers follow from the
+# One loop serves the teacher, the layers, the student and the judge: AdamW, gradient clipping and, where images are
+# drawn from the weights, an exponential moving average (EMA) of them. A step's batch and random numbers follow from the
 # seed, the process and the step. So a run can be killed at any moment: it goes on from its last saved state and, on a
 # CPU, ends bit for bit where one that was never stopped ends.
 # Several GPUs: torchrun starts the program once per GPU. The processes start with equal weights and take a share of
 # every batch each; gradients are averaged, so all take the same step; process 0 writes the files. `accumulate` cuts a
-# batch into parts, one after the other, for small cards. However a batch is cut, the gradient is the same.
-# After the loop: errors in one line, whole files, processes and devices, on which all chapters stand.
+# batch into parts, one after the other, for small cards. However a batch is cut, its examples are the same, but their
+# times, noise and masks are not. After the loop: errors in one line, whole files, processes and devices.
 
-SAVE_SECONDS = 30                                # between two saves of a state, or 30 times what a save takes
+SAVE_SECONDS = 30                                # at least, between two saves of a state; longer where they are slow
 
 
 def window_of(steps):
-    """The number of steps in a window of a run: its log has a row for each, and its state is saved only at an end."""
+    """The number of steps in a window: the log has a row for each whole one; a state is saved only between two."""
     return max(1, min(100, steps // 100))
 
 
@@ -939,7 +939,7 @@ def train(model, loss_fn, steps, *, params=None, lr=1e-4, final_lr_ratio=1.0, wa
     weights = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     for weight in weights if dist.is_initialized() else ():  # all processes start with the weights of the first
         dist.broadcast(weight.data, 0)
-    ema = copy.deepcopy(model) if ema_decay else nn.Module()
+    ema = copy.deepcopy(model) if ema_decay else nn.Module()                 # an empty one: nothing to save
     parts = {"trained": nn.ParameterList(weights), "optimizer": optimizer, "ema": ema}
     if state and state.step:
         with blame(state.path, "a state of this version; remove it"):
@@ -964,8 +964,8 @@ def train(model, loss_fn, steps, *, params=None, lr=1e-4, final_lr_ratio=1.0, wa
             state.save_if_due(step, parts, record)           # weights whose loss is known to be finite
         optimizer.step()
         if ema_decay:
-            # Warm-up: without, after 100 steps of 0.99 the first step's weights would be 0.99^99 = 37 % of the EMA.
-            # (The public code has none. Ours reaches 0.9999 only at step 89,990, and ends 300 steps at 0.97.)
+            # ema = decay * ema + (1 - decay) * weights, with a warm-up of the decay: else after 100 steps of 0.99 the
+            # first weights would be 37 % of it. (The public code has none. Ours reaches 0.9999 at step 89,990.)
             decay = min(ema_decay, (1 + step) / (10 + step)) if step else 0.0
             torch.optim.swa_utils.get_ema_multi_avg_fn(decay)([*ema.parameters()], [*model.parameters()], step)
         on_step(step, {"loss": total, "grad_norm": norm, "lr": optimizer.param_groups[-1]["lr"]} | metrics)
@@ -1041,8 +1041,8 @@ def blame(path, expected):
 
 
 def write_file(path, save):
-    """Write what save(file) puts into a file in memory under another name, and rename that to `path`, so that it is
-    whole whenever the program is stopped. Of several processes only the first writes."""
+    """Write `path` so that it is whole whenever the program is stopped: save(file) fills a file in memory, which goes
+    to the disk under another name, and that is renamed. Of several processes only the first writes."""
     if rank() == 0:
         buffer = io.BytesIO()                    # a signal amid torch.save to a real file can abort the process
         save(buffer)
@@ -1064,7 +1064,7 @@ def read_json(path):
 
 
 def claim(path, settings):
-    """Write `settings` to a JSON file, unless it is there with others, which are named."""
+    """Write `settings` to a JSON file the first time; later, refuse others and name those that differ."""
     saved = read_json(path) if path.exists() else settings
     different = [f"{name} {saved.get(name)} (now {new})" for name, new in settings.items() if saved.get(name) != new]
     require(not different, f"{path} was made with {', '.join(different)}: give the same flags or choose another --out")
@@ -1116,7 +1116,7 @@ def pick_device(name):
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda":                # of several processes every one has its own
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", device.index or 0)))
-        return torch.zeros(1, device=device.type).device
+        return torch.zeros(1, device=device.type).device     # tries it, and says which GPU it is
 
 
 def compiled(model, wanted=True):
@@ -1271,7 +1271,7 @@ def match_classes(data, names):
 
 def data_batches(data, batch_size, seed, device="cpu", start=0, parts=1):
     """Endless batches (x, y), x (B, C, H, W) and y (B,), from step `start`, in a new order every epoch; of latents, a
-    random half are of the mirror image. A batch follows from seed and step. Each process gets `parts` pieces of it."""
+    random half are mirrored. A batch follows from seed and step. Each process yields its share, in `parts` pieces."""
     N = len(data.labels)
     for step in itertools.count(start):
         epoch, place = divmod(step, max(1, N // batch_size))
@@ -1345,7 +1345,7 @@ def encode_images(folder, size, vae, out, name, batch_size=16):
             pairs = torch.stack([x, x.flip(3)], 1).flatten(0, 1)             # an image and its mirror image in turn
             noise = noise_source([2 * i + side for i in index for side in (0, 1)], shape, 0, vae.device)()
             for i, pair in zip(index, vae.encode(pairs, noise).unflatten(0, (-1, 2)).numpy()):
-                file.seek((i - len(files)) * pair.nbytes, os.SEEK_END)       # one place for each, the last at the end
+                file.seek((i - len(files)) * pair.nbytes, os.SEEK_END)       # image i's place, counted from the end
                 file.write(pair.tobytes())
             end = begin + len(index)
             if time.monotonic() > flushed + 5 or end == len(mine):
@@ -1603,7 +1603,7 @@ def load_checkpoint(path, device="cpu", name=None):
     says = {key: checkpoint.get(key) for key in ("args", "config", "objective")}
     says["args"] = getattr(says["args"], "__dict__", says["args"]) or {}     # official files have a Namespace
     with blame(f"checkpoint {path}", "weights and config of one model"):
-        silent = says["objective"] is None and "model" not in says["args"]   # then only its shapes count
+        silent = says["objective"] is None and "model" not in says["args"]   # `name` may then name any objective
         known = [read(weights, says) for read in READERS]
         require(any(known), f"checkpoint {path}: no weights of a model that this program knows: {[*checkpoint][:6]}")
         found, config = next(filter(None, known))
@@ -1620,8 +1620,8 @@ def load_checkpoint(path, device="cpu", name=None):
         diffusion = row["objective"](model)
         guidance = row["guidance"] if model.y_embedder.dropout_prob else 1.0         # 1: it has no null label
         sampling = {"steps": row["sample_steps"], "guidance": guidance, **row["sampling"]}
-        known = inspect.signature(diffusion.sample).parameters
-        sampling |= {key: value for key, value in dict(checkpoint.get("sampling", {})).items() if key in known}
+        takes = inspect.signature(diffusion.sample).parameters
+        sampling |= {key: value for key, value in dict(checkpoint.get("sampling", {})).items() if key in takes}
         classes = [str(word) for word in checkpoint.get("classes", range(model.num_classes))]
         fit = len(classes) == model.num_classes and all(isinstance(value, (int, float)) for value in sampling.values())
         require(fit, f"checkpoint {path}: its `sampling` or `classes` do not fit its model")
@@ -1684,7 +1684,7 @@ def draw_decisions(history, groups, kept, confidence):
 #
 # Older methods drop the blocks that hurt least *now*. Here are five rules to compare with, functions of one shape,
 # kept = rule(model, groups, diffusion, examples); the first three rank all blocks together, across groups. To compare,
-# run each with one teacher, --kd none and its own --out, and print a --table. (A teacher would hide a bad choice.)
+# give each the same --ckpt, its own --out and --kd none (distillation would hide a bad choice); then print a --table.
 #
 # A run has four stages. The `run` that they share holds the flags, the model's row in PRESETS and what `set_up`
 # (Chapter 11) adds: data, groups and so on. To redo a stage, delete its file of RESULTS; the later ones run again too.
@@ -1836,7 +1836,7 @@ def judge_of(run):
 
 
 def stage_measure(run, path):
-    """Compare teacher, pruned model and student. For FID, of hours, the pruned one draws its 20 alone."""
+    """Compare the three models. With --inception (hours of drawing) the pruned one draws only the 20 of the picture."""
     teacher, kept, pruned = teacher_and_pruned(run)
     models = {"teacher": teacher, "pruned": pruned, "student": run.ready(load_checkpoint(run.out / "student.pt")[0])}
     drawn = {name: model for name, model in models.items() if not (run.inception and name == "pruned")}
@@ -1844,7 +1844,7 @@ def stage_measure(run, path):
     chosen, shown = [order[torch.linspace(0, len(order) - 1, count).long()] for count in (run.samples, 20)]
     draw = functools.partial(sample_images, diffusion=run.diffusion, seed=run.seed, sampling=run.sampling,
                              decode=run.decode)
-    look, real, judge = run.judge or judge_of(run)
+    look, real, judge = run.measures or judge_of(run)
     stats, seconds = draw_all(drawn, run.data.labels[chosen], draw, look)
     rows = {}
     pictures = {"real images": run.decode(run.data.read(shown).to(run.device)).cpu()}
@@ -1865,7 +1865,7 @@ def stage_measure(run, path):
 
 
 def run_stage(run, stage):
-    """Run a stage, unless its file is there. (Figures measured under other conditions are replaced.)"""
+    """Run a stage, unless its file is there. (results.json, measured under other `conditions`, is made anew.)"""
     path = run.out / RESULTS[stage]
     before = read_json(path).get("conditions") if stage == "measure" and path.exists() else run.conditions
     if gather(path.exists() and before == run.conditions)[0]:                # all look before one of them writes
@@ -1997,7 +1997,7 @@ def make_parser(preset):
     add("--encode", metavar="DIR", help="encode a folder of images with --vae into latents in --out")
     add("--fid", metavar="PATH", help="only compare these images (a folder or .npz) with --ref")
     add("--table", metavar="DIR", help="only print a table of all finished runs below this folder")
-    parser.set_defaults(**{"teacher": None, "classes": ()} | preset)
+    parser.set_defaults(**{"teacher": None, "classes": ()} | preset)         # also what has no flag, such as `network`
     return parser
 
 
@@ -2043,9 +2043,9 @@ def set_up(run):
     run.learn_size = max(1, int(run.batch_size * run.learn_batch))
     run.conditions = {name: getattr(run, name) for name in CONDITIONS}
     check_run(run, model)
-    run.examples = fixed_examples(run.data, device=run.device)               # what the rules look at
+    run.examples = fixed_examples(run.data, device=run.device)               # of the rules, and of the table's loss
     run.decode = VAE(run.vae, run.device, C).decode if run.data.latent and run.vae else to_uint8
-    run.judge = judge_of(run) if run.inception and "measure" in run.stages else None     # mistakes show before the work
+    run.measures = judge_of(run) if run.inception and "measure" in run.stages else None  # mistakes show before the work
     run.out.mkdir(parents=True, exist_ok=True)
     claim(run.out / "settings.json", settings)
     print(f"{settings['data']}, {run.data.shape}; {run.model} with {run.depth} blocks, {world_size()} x {run.device}")
