@@ -7,6 +7,7 @@ python test_tinyfusion.py Heart      one class;  -v shows the sentences
 import argparse
 import ast
 import base64
+import collections
 import contextlib
 import copy
 import functools
@@ -1097,7 +1098,7 @@ class Data(InFolder):
             words = self.story("--device cpu --fid", folder / one, "--ref", folder / other, *net)
             for part, there in ((f"| {tf.frechet_distance(m1, s1, m2, s2):.4g} |", True), ("precision", net),
                                 ("60 samples", net), ("250 steps, guidance 1.5", one == "a.npz"),
-                                (f"FID with {folder / one},", net),
+                                (f"FID with {folder / one},", net), ("(60 samples, ?) vs.", net and one != "a.npz"),
                                 (f"FID with {folder / other},", other in ("b", "b.npz"))):
                 self.assertEqual(part in words, bool(there), (part, words))
         start = ["--device cpu --fid", folder / "a", "--ref"]
@@ -1151,6 +1152,8 @@ class Data(InFolder):
         self.assertRaisesRegex(tf.UserError, "torn.png: ", tf.open_data, root, 8)
         (a / "dead.png").symlink_to(self.folder / "nowhere")
         self.assertRaisesRegex(tf.UserError, "dead.png", tf.open_data, root, 8)
+        os.mkfifo(a / "a pipe")                  # whoever opens it waits for ever
+        self.assertRaisesRegex(tf.UserError, "a pipe is no file", tf.open_data, root, 8)
         stripes = np.repeat([[0] * 16 + [200] * 16 + [0] * 16], 16, 0).astype(np.uint8)
         self.assertTrue((np.asarray(tf.center_crop(Image.fromarray(stripes), 16)) == 200).all())
 
@@ -1510,7 +1513,7 @@ class Files(InFolder):
             spread = {name.replace("blocks.0", "blocks.0._orig_mod"): weight for name, weight in weights.items()}
             for layout in (weights, {"model": named}, named | {"n_averaged": torch.tensor(3)},
                            {"model": other.state_dict(), ema: weights, "opt": {}, "args": args, "train_steps": 5},
-                           {"state_dict": model.state_dict(prefix="_orig_mod.module.")},
+                           {"state_dict": model.state_dict(prefix="_orig_mod.module."), "args": ["--lr", "1e-4"]},
                            {"ema": None, "ema_model": spread, "config": {"lr": 1}, "sampling": {"num_steps": 250}},
                            other.state_dict(prefix="module.online.") | model.state_dict(prefix="module.ema_model."),
                            {"ema": weights, "config": config | {"class_dropout_prob": 0.2}, "objective": name,
@@ -1564,7 +1567,8 @@ class Files(InFolder):
         for classes, args, found, dropout in ((1, {}, 1, 0), (3, {}, 2, 0.1), (3, {"num_classes": 2}, 2, 0.1),
                                               (10, {"num_classes": 10}, 10, 0)):
             weights = tf.DiT(**sizes | {"num_classes": classes}).state_dict()
-            torch.save({"ema": weights, "args": argparse.Namespace(**args)}, self.path)
+            content = {"ema": weights, "args": collections.OrderedDict(**args), "sampling": {"guidance": 1.5}}
+            torch.save(content, self.path)
             model, _ = tf.load_checkpoint(self.path)
             self.assertEqual((model.num_classes, model.y_embedder.dropout_prob), (found, dropout))
             self.assertIn(f"guidance {1.5 if dropout else 1.0}", self.draw(*self.words)[0])
@@ -1757,7 +1761,7 @@ class CommandLine(InFolder):
                 ("choose from", "--model DiT-Q"), ("cuda:77", "--device cuda:77"), ("into 3 parts", "--accumulate 3"),
                 ("Not a directory", "--out", Path(__file__, "x")), ("UTF-8", "--out", self.folder / "\udce9"),
                 ("nothing", "--data", self.folder / "nothing"), ("lies in --data", "--data", self.folder),
-                ("64 examples: expected 20 and a batch of 100", "--batch-size 100"),
+                ("64 examples: expected 20 or more, and --batch-size", "--batch-size 100"),
                 ("goes with --vae", "--encode x"), ("--samples", "--samples 3"), ("shortgpt", "--criterion 0,x"),
                 ("expected 1 to 16", "--model MAR-toy --sample-steps 17"), ("patch", "--image-size 18"),
                 ("one block of every", "--criterion oracle --groups 1:4"), ("ascending", "--criterion 3,2"),

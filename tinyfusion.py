@@ -692,7 +692,7 @@ def learn_layers(model, loss_fn, groups, steps, *, update="lora", rank=8, alpha=
     sampler = make_sampler(groups).to(next(model.parameters()).device)
     sampler.reached = False                      # True once a backward pass has reached a mask
     history = [(0, sampler.keep_probability(scale).tolist())]
-    no_mask = "the loss does not depend on the mask (checkpoints of frozen weights: use_reentrant=False)"
+    no_mask = "the loss does not depend on the mask: use sample_mask (with frozen weights, use_reentrant=False)"
 
     # What `train` calls in each step: its loss_fn takes the step and returns (loss, metrics).
     def loss(step):
@@ -1077,7 +1077,7 @@ def read_checkpoint(path):
     content = None
     with contextlib.suppress(Exception), torch.serialization.safe_globals([argparse.Namespace]):      # official `args`
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    require(isinstance(content, dict), f"checkpoint {path} is no PyTorch file of plain data; nothing in it was run")
+    require(isinstance(content, dict), f"checkpoint {path}: no whole PyTorch file of plain data; nothing in it was run")
     return content
 
 
@@ -1200,6 +1200,7 @@ def center_crop(image, size):
 def read_image(path, size=None):
     """An image file as a uint8 array (C, H, W), of one channel if its mode is grey, else of three; with a `size`,
     cropped to that square. It is turned as its EXIF data say, and what is transparent is white."""
+    require(os.path.isfile(path), f"{path} is no file; remove it")
     with blame(path, "a whole image of 8 bits a channel; repair, convert or remove it"), Image.open(path) as image:
         require(image.mode[0] not in "IF", f"{path} has pixels of mode {image.mode}; convert it to 8 bits a channel")
         image.getexif()
@@ -1265,7 +1266,7 @@ def match_classes(data, names):
     """`data` for a model that has learned the classes `names`: the same, or as many if one side has only numbers."""
     numbers = [str(i) for i in range(len(names))]
     fits = data.classes in (names, numbers) or (names == numbers and len(data.classes) == len(names))
-    require(fits, f"--data has {len(data.classes)} classes, {data.classes[:4]}; --ckpt has {len(names)}, {names[:4]}")
+    require(fits, f"--data has {len(data.classes)} classes, {data.classes[:9]}; expected {len(names)}, {names[:9]}")
     return Dataset(data.images, data.labels, names if data.classes == numbers else data.classes)
 
 
@@ -1302,7 +1303,7 @@ class VAE:
         with blame(f"--vae {name}", "a fitting autoencoder in safetensors; this needs pip install diffusers"):
             from diffusers import AutoencoderKL
             net = AutoencoderKL.from_pretrained(name, use_safetensors=True, low_cpu_mem_usage=False)
-            require(channels in (None, net.config.latent_channels), f"--vae {name} has not {channels} channels")
+            require(channels in (None, net.config.latent_channels), f"--vae {name}: not of {channels} channels")
         self.net = net.to(device).eval().requires_grad_(False)
         self.device = device
         self.scale = net.config.scaling_factor   # 0.18215: latents of about unit variance
@@ -1459,11 +1460,11 @@ def statistics(parts):
 
 
 def statistics_of(path, look=None):
-    """Statistics of the images in a folder or .npz file, seen through `look`. If an .npz file has `mu` and `sigma`,
-    these are used (in ADM's reference batches they are of all of ImageNet); its `arr_0`, if any, gives the rest: 10 GB
-    for 50,000 images of 256x256. Raises UserError for fewer than 4 images and where images need a `look`."""
+    """Statistics of the images in a folder or .npz file, seen through `look`. An .npz file's own `mu` and `sigma` count
+    (in ADM's reference batches, of all of ImageNet); its `arr_0`, if any, gives the rest: 10 GB for 50,000 images."""
     saved = load_arrays(path) if Path(path).suffix == ".npz" else {}
-    require(all(np.isfinite(saved.get(name, 0)).all() for name in ("mu", "sigma")), f"{path}: mu, sigma: not finite")
+    with blame(path, "finite numbers in mu and sigma"):
+        saved |= {name: np.asarray_chkfinite(saved[name], float) for name in saved.keys() & {"mu", "sigma"}}
     if saved.keys() >= {"mu", "sigma"} and (look is None or "arr_0" not in saved):
         return saved
     require(look, f"{path}: --inception FILE is needed to look at images")
@@ -1601,11 +1602,11 @@ def load_checkpoint(path, device="cpu", name=None):
     checkpoint = read_checkpoint(path)
     weights = find_weights(checkpoint)
     says = {key: checkpoint.get(key) for key in ("args", "config", "objective")}
-    says["args"] = getattr(says["args"], "__dict__", says["args"]) or {}     # official files have a Namespace
+    says["args"] = says["args"] if isinstance(says["args"], dict) else getattr(says["args"], "__dict__", {})
     with blame(f"checkpoint {path}", "weights and config of one model"):
         silent = says["objective"] is None and "model" not in says["args"]   # `name` may then name any objective
         known = [read(weights, says) for read in READERS]
-        require(any(known), f"checkpoint {path}: no weights of a model that this program knows: {[*checkpoint][:6]}")
+        require(any(known), f"checkpoint {path}: no weights of a model that this program knows: {[*weights][:3]}")
         found, config = next(filter(None, known))
         row = PRESETS[name or found]
         kinds = {(one["network"].func, one["network"].keywords["hidden_size"], silent or one["objective"])
@@ -1618,15 +1619,14 @@ def load_checkpoint(path, device="cpu", name=None):
         bad = [key for key, weight in weights.items() if not weight.isfinite().all()]
         require(not bad, f"checkpoint {path}: {bad[:1]} is not finite; expected one saved before its training diverged")
         diffusion = row["objective"](model)
-        guidance = row["guidance"] if model.y_embedder.dropout_prob else 1.0         # 1: it has no null label
-        sampling = {"steps": row["sample_steps"], "guidance": guidance, **row["sampling"]}
+        sampling = {"steps": row["sample_steps"], "guidance": row["guidance"], **row["sampling"]}
         takes = inspect.signature(diffusion.sample).parameters
         sampling |= {key: value for key, value in dict(checkpoint.get("sampling", {})).items() if key in takes}
         classes = [str(word) for word in checkpoint.get("classes", range(model.num_classes))]
         fit = len(classes) == model.num_classes and all(isinstance(value, (int, float)) for value in sampling.values())
         require(fit, f"checkpoint {path}: its `sampling` or `classes` do not fit its model")
-    about = {"name": name or found, "objective": diffusion, "sampling": sampling, "classes": classes}
-    return model.to(device).eval(), about
+        sampling |= {} if model.y_embedder.dropout_prob else {"guidance": 1.0}       # no null label, no guidance
+    return model.to(device).eval(), dict(name=name or found, objective=diffusion, sampling=sampling, classes=classes)
 
 
 def sample_images(model, labels, indices, *, diffusion, seed, sampling, decode=to_uint8):
@@ -2056,7 +2056,7 @@ def check_run(run, model):
     expected = (model.in_channels, model.input_size, model.input_size)
     require(run.data.shape == expected, f"--ckpt takes {expected}, not {run.data.shape}; --encode makes latents")
     count = len(run.data.labels)
-    require(count >= max(20, run.batch_size), f"{count} examples: expected 20 and a batch of {run.batch_size}, or more")
+    require(count >= max(20, run.batch_size), f"{count} examples: expected 20 or more, and --batch-size or more")
     parts = world_size() * run.accumulate
     fits = run.batch_size % parts == run.learn_size % parts == 0
     require(fits, f"--batch-size {run.batch_size} ({run.learn_size} to learn) cannot be cut into {parts} parts")
@@ -2081,7 +2081,7 @@ def run_program(args):
             fake = statistics_of(args.fid, look)
             row = compare_statistics(fake, statistics_of(args.ref, look), args.device)
             print_rows([row], row)
-            print(f"{len(fake.get('p', ()))} samples, {fake.get('settings', 'origin unknown')}: {args.fid}, {args.ref}")
+            print(f"{args.fid} ({len(fake.get('p', ())) or '?'} samples, {fake.get('settings', '?')}) vs. {args.ref}")
         elif args.encode:
             encode_images(args.encode, args.image_size, VAE(args.vae, args.device), args.out, args.vae)
         else:
