@@ -1282,7 +1282,7 @@ class Data(InFolder):
         latents = (posterior.mean + posterior.std * noise) * 0.18215
         close(vae.encode(images.expand(-1, 3, -1, -1), noise), latents)
         exactly(vae.decode(latents), tf.to_uint8(net.decode(latents / 0.18215).sample))
-        for name, reason in ((self.folder, "4 channels, not 16"), ("/nothing", "--vae /nothing: ")):
+        for name, reason in ((self.folder, "not of 16 channels"), ("/nothing", "--vae /nothing: ")):
             self.assertRaisesRegex(tf.UserError, reason, tf.VAE, name, "cpu", 16)
 
 
