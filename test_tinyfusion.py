@@ -1761,7 +1761,7 @@ class CommandLine(InFolder):
                 ("choose from", "--model DiT-Q"), ("cuda:77", "--device cuda:77"), ("into 3 parts", "--accumulate 3"),
                 ("Not a directory", "--out", Path(__file__, "x")), ("UTF-8", "--out", self.folder / "\udce9"),
                 ("nothing", "--data", self.folder / "nothing"), ("lies in --data", "--data", self.folder),
-                ("64 examples: expected 20 or more, and --batch-size", "--batch-size 100"),
+                ("64 examples: fewer than 20 or than --batch-size 100", "--batch-size 100"),
                 ("goes with --vae", "--encode x"), ("--samples", "--samples 3"), ("shortgpt", "--criterion 0,x"),
                 ("expected 1 to 16", "--model MAR-toy --sample-steps 17"), ("patch", "--image-size 18"),
                 ("one block of every", "--criterion oracle --groups 1:4"), ("ascending", "--criterion 3,2"),

@@ -1568,8 +1568,7 @@ def read_dit(weights, says):
         null = rows > 1 and says["args"].get("num_classes") != rows          # whether there is a null label
         config = {"input_size": math.isqrt(weights["pos_embed"].shape[1]) * P, "patch_size": P, "in_channels": C,
                   "hidden_size": D, "depth": count_blocks(weights, "blocks"), "num_classes": rows - null,
-                  "class_dropout_prob": 0.1 * null,
-                  "learn_sigma": len(weights["final_layer.linear.bias"]) == 2 * C * P * P}
+                  "class_dropout_prob": 0.1 * null, "learn_sigma": len(weights["final_layer.linear.bias"]) > C * P * P}
     return fitting_preset(DiT_models, config)
 
 
@@ -1598,7 +1597,7 @@ def find_weights(checkpoint):
 def load_checkpoint(path, device="cpu", name=None):
     """The model of a checkpoint, in eval mode on `device`, and a dict with its `name` in PRESETS, `objective`,
     `sampling` and `classes`. Takes this program's files, those of facebookresearch/DiT, the public TinyFusion code and
-    others that READERS know. name: of the preset, where no file shows it. Raises UserError for what does not fit."""
+    others that READERS know. name: of the preset, if the file is silent. Raises UserError for what does not fit."""
     checkpoint = read_checkpoint(path)
     weights = find_weights(checkpoint)
     says = {key: checkpoint.get(key) for key in ("args", "config", "objective")}
@@ -2056,7 +2055,7 @@ def check_run(run, model):
     expected = (model.in_channels, model.input_size, model.input_size)
     require(run.data.shape == expected, f"--ckpt takes {expected}, not {run.data.shape}; --encode makes latents")
     count = len(run.data.labels)
-    require(count >= max(20, run.batch_size), f"{count} examples: expected 20 or more, and --batch-size or more")
+    require(count >= max(20, run.batch_size), f"{count} examples: fewer than 20 or than --batch-size {run.batch_size}")
     parts = world_size() * run.accumulate
     fits = run.batch_size % parts == run.learn_size % parts == 0
     require(fits, f"--batch-size {run.batch_size} ({run.learn_size} to learn) cannot be cut into {parts} parts")
