@@ -1287,8 +1287,8 @@ class Data(InFolder):
 
 
 def fixed_gradients(accumulate=1, steps=3):
-    """The gradients of LoRA and logits in some steps on fixed batches of 8, with fixed random numbers, of which every
-    process and part of a batch takes its rows; and all that was trained, from every process."""
+    """The losses and the gradients of LoRA and logits in some steps on fixed batches of 8, with fixed random numbers,
+    of which every process and part of a batch takes its rows; and all that was trained, from every process."""
     def loss_fn(step):
         torch.manual_seed(step)
         part = tf.rank() + tf.world_size() * (next(calls) % accumulate)
@@ -1303,7 +1303,7 @@ def fixed_gradients(accumulate=1, steps=3):
     for p in weights:                            # the first process's weights must win
         p.data += (0.1 * torch.randn(p.shape) if p.dim() > 1 else 0) + tf.rank()
     tf.train(model, loss_fn, steps, params=weights, lr=1e-3, accumulate=accumulate,
-             on_step=lambda step, metrics: found.append([p.grad.clone() for p in weights]))
+             on_step=lambda step, metrics: found.append([metrics["loss"], *(p.grad.clone() for p in weights)]))
     return found, tf.gather([p.detach() for p in weights])
 
 
