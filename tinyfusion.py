@@ -528,9 +528,9 @@ def nm_masks(n, m):
 
 class LayerSampler(nn.Module):
     """A learnable distribution over layer masks, one categorical distribution per N:M group. groups: [(N, M), ...] from
-    the first block to the last, e.g. [(1, 2)] * 14. All candidates start equally likely. The logits of the text above
-    are scale * self.logits, so that a step of AdamW, which has the size of the learning rate, 1e-3, moves one by 0.1.
-    Source: the paper's differentiable layer sampling. Raises ValueError for an impossible N:M."""
+    the first block to the last, e.g. [(1, 2)] * 14. All candidates start equally likely. A candidate's logit is
+    scale * self.logits, with one scale in all calls: so a step of AdamW, of the size of the learning rate, 1e-3, moves
+    it by 0.1. Source: the paper's differentiable layer sampling. Raises ValueError for an impossible N:M."""
 
     def __init__(self, groups):
         super().__init__()
